@@ -1,0 +1,134 @@
+"""Backbone weights on disk: safetensors files that load strictly into plain timm and torchvision models."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from leaven import __version__
+from leaven.backbones.build import create
+from leaven.backbones.names import resolve
+
+# Arguments of `create` that `load` takes from the metadata when it is given a name.
+_BUILD_ARGUMENTS = ("in_chans", "num_classes", "image_size")
+
+
+class WeightsMismatch(ValueError):
+    """A weights file does not fit a model. The message is one line and names the first differing keys."""
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the state dict of `model` as safetensors, under a temporary name first and then renamed.
+
+    Args:
+        model: a plain backbone; DDP and ``torch.compile`` wrappers are looked through.
+        path: the file; missing folders are made.
+        name: what `create` builds it from, resolved and noted in the file; None for a module without a name.
+        metadata: further notes. ``in_chans``, ``num_classes`` and ``image_size`` are used again by `load`.
+
+    Raises:
+        OSError: the file could not be written; an older file of that name is left as it was.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    notes = {"format": "pt", "leaven": __version__, **{k: str(v) for k, v in (metadata or {}).items()}}
+    if name is not None:
+        notes["backbone"] = resolve(name)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save_file(_apart(_unwrap(model).state_dict()), temporary, metadata=notes)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # a rename may reach the disk before the data does
+        temporary.replace(target)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"could not write {target}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(model_or_name: nn.Module | str, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a file written by `save`, strictly: every key and every shape must agree.
+
+    Args:
+        model_or_name: a module, which is filled in place, or a name for `create`.
+        path: a safetensors file.
+
+    Returns:
+        The module.
+
+    Raises:
+        FileNotFoundError: no such file.
+        WeightsMismatch: not a safetensors file, or keys or shapes differ. The model is then left as it was.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes: dict[str, str] = file.metadata() or {}
+            state: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise WeightsMismatch(f"{path} is not a complete safetensors file: {error}") from None
+    if isinstance(model_or_name, str):
+        arguments: dict[str, Any] = {key: int(notes[key]) for key in _BUILD_ARGUMENTS if key in notes}
+        model = create(model_or_name, **arguments)
+        label = model_or_name
+    else:
+        model, label = model_or_name, type(model_or_name).__name__
+    inner = _unwrap(model)
+    differences = _differences(inner.state_dict(), state)
+    if differences:
+        written = f" (written from {notes['backbone']})" if "backbone" in notes else ""
+        raise WeightsMismatch(f"{path}{written} does not fit {label}: {'; '.join(differences)}")
+    inner.load_state_dict(state)
+    return model
+
+
+def _differences(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    named = (("it lacks", missing), ("it has unknown", unknown), ("shapes differ:", shapes))
+    return [f"{what} {_few(keys)}" for what, keys in named if keys]
+
+
+def _few(items: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory: safetensors refuses tied weights, a strict load wants all."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, value in state.items():
+        value = value.detach().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        apart[key] = value.clone() if storage in seen else value
+        seen.add(storage)
+    return apart
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
+        model, "_orig_mod"
+    ):
+        inner = getattr(model, "_orig_mod", None)
+        model = inner if isinstance(inner, nn.Module) else model.get_submodule("module")
+    return model

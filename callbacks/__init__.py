@@ -1,0 +1,29 @@
+"""Callbacks that attach to any training loop: `attach` them to a model and its optimizer, and train on."""
+
+from leaven.callbacks.core import (
+    Attached,
+    AttachError,
+    Callback,
+    NoEffectWarning,
+    Progress,
+    ResumeWarning,
+    attach,
+    map_images,
+    updates,
+)
+from leaven.callbacks.ema import EMA
+from leaven.callbacks.knn_probe import KNNProbe
+
+__all__ = [
+    "EMA",
+    "AttachError",
+    "Attached",
+    "Callback",
+    "KNNProbe",
+    "NoEffectWarning",
+    "Progress",
+    "ResumeWarning",
+    "attach",
+    "map_images",
+    "updates",
+]

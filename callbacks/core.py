@@ -1,0 +1,279 @@
+"""Attach callbacks to a training loop that somebody else owns, and take them off again.
+
+Every loop calls `model(...)` and `optimizer.step()`. A callback binds to the hook points of these two, so
+plain PyTorch, accelerate, Lightning, HF Trainer and timm's train.py all serve, each with one line:
+
+    attached = attach(model, optimizer, EMA(), total_steps=updates(loader, epochs))
+
+Attach after surgery by hand and before the first call of a compiled model; before or after
+`accelerator.prepare` and DDP, as you like. Call the model itself: `model.forward(x)` and
+`model.forward_features(x)` bypass all hooks.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from leaven.callbacks.callback import (
+    Callback,
+    Handle,
+    NoEffectWarning,
+    Progress,
+    ResumeWarning,
+    map_images,
+    updates,
+)
+from leaven.callbacks.hooks import Hook, Switch, watch
+from leaven.callbacks.wrappers import AttachError, obstacles, unwrap_model, unwrap_optimizers
+
+__all__ = [
+    "AttachError",
+    "Attached",
+    "Callback",
+    "Handle",
+    "NoEffectWarning",
+    "Progress",
+    "ResumeWarning",
+    "attach",
+    "map_images",
+    "updates",
+]
+
+# How many updates may pass before a hook that never fired, or an optimizer that never stepped, is reported.
+_SILENT_UPDATES = 3
+_SILENT_ROUND = 1000
+# What a state may hold beside tensors and containers.
+_PLAIN = (type(None), bool, int, float, str, bytes)
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    *callbacks: Callback,
+    total_steps: int,
+) -> "Attached":
+    """Bind callbacks to a model and its optimizer; the loop stays as it is.
+
+    Args:
+        model: a backbone or an objective, plain or wrapped (DDP, accelerate, torch.compile not yet called).
+        optimizer: one or several, plain or wrapped; None where the loop itself calls `Attached.step`.
+        callbacks: any number, in any order: their `order` decides.
+        total_steps: optimizer updates of the whole run, see `updates`.
+
+    Raises:
+        AttachError: two callbacks claim one slot or one name, or the model or optimizer does not run hooks.
+    """
+    return Attached(model, optimizer, callbacks, total_steps)
+
+
+class Attached:
+    """Callbacks at work: what `attach` returns. As a context manager it removes them at the end.
+
+    Attributes:
+        callbacks: in the order in which they act.
+        progress: the count of applied updates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        callbacks: Iterable[Callback],
+        total_steps: int,
+    ) -> None:
+        self.callbacks = tuple(sorted(callbacks, key=lambda callback: callback.order))
+        self.progress = Progress(total_steps)
+        _check_claims(self.callbacks)
+        _check_obstacles(model, self.callbacks)
+        self._optimizers = unwrap_optimizers(optimizer)
+        self._round = [0] * len(self._optimizers)  # updates of each optimizer since the last count
+        self._optimizers_report = False
+        self._watched_updates = 0
+        self._paused = False
+        self._switch = Switch()
+        self._hooks: list[Hook] = []
+
+        self._whole = whole = unwrap_model(model)
+        backbone = getattr(whole, "backbone", None)
+        parts = {"whole": whole, "backbone": backbone if isinstance(backbone, nn.Module) else whole}
+        with ExitStack() as undo:  # in reverse order, also when a setup raises half-way
+            undo.callback(self._switch.turn_off_for_good)
+            for callback in self.callbacks:
+                for handle in callback.setup(parts[callback.binds], self._optimizers, self.progress):
+                    undo.callback(handle.remove)
+                    if hook := watch(handle, whole, self._switch, callback.name):
+                        self._hooks.append(hook)
+            for each in self._optimizers:
+                undo.callback(each.register_step_post_hook(self._after_step).remove)
+            self._undo = undo.pop_all()
+
+    def remove(self) -> None:
+        """Take everything off again, last come first; the callbacks keep their results."""
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, no hook runs and no `Callback.update` is called; updates still count.
+
+        Code that torch.compile made of the hooks honours this too. What surgery changed stays changed.
+        """
+        before, self._paused = self._paused, True
+        try:
+            with self._switch.off():
+                yield
+        finally:
+            self._paused = before
+
+    def step(self) -> None:
+        """Report one applied update, for engines that bypass torch's optimizer hooks (DeepSpeed).
+
+        Does nothing once the optimizer's own hooks have reported a step, so a loop may always call it.
+        """
+        if not self._optimizers_report:
+            self._count()
+
+    def logs(self) -> dict[str, float]:
+        """The newest values of all callbacks."""
+        return {name: value for callback in self.callbacks for name, value in callback.logs().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress and the state of every callback by name: plain types and tensors.
+
+        For `accelerator.register_for_checkpointing(attached)`, or a checkpoint of your own.
+        """
+        states = {callback.name: callback.state_dict() for callback in self.callbacks}
+        for name, state in states.items():
+            _check_plain(state, name)
+        progress = {"step": self.progress.step, "total_steps": self.progress.total_steps}
+        return {"progress": {**progress, "round": list(self._round)}, "callbacks": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`; nothing is changed when the names do not fit.
+
+        Raises:
+            ValueError: the callbacks, or the number of optimizers, are not those that were saved.
+        """
+        progress, states = state["progress"], state["callbacks"]
+        names = [callback.name for callback in self.callbacks]
+        if missing := [name for name in names if name not in states]:
+            raise ValueError(f"the checkpoint has no state for {', '.join(missing)}, only for {list(states)}")
+        if unexpected := [name for name in states if name not in names]:
+            raise ValueError(
+                f"the checkpoint has state for {', '.join(unexpected)}, but attached are {', '.join(names)}"
+            )
+        if len(progress["round"]) != len(self._round):
+            raise ValueError(
+                f"the checkpoint was written with {len(progress['round'])} optimizers, not {len(self._round)}"
+            )
+        if progress["total_steps"] != self.progress.total_steps:
+            warnings.warn(
+                f"the checkpoint was written with total_steps={progress['total_steps']}, this run has "
+                f"{self.progress.total_steps}: schedules differ from here on",
+                ResumeWarning,
+                stacklevel=2,
+            )
+        self.progress.step = progress["step"]
+        self._round = list(progress["round"])
+        for callback in self.callbacks:
+            callback.load_state_dict(states[callback.name])
+
+    def __repr__(self) -> str:
+        return f"Attached({', '.join(map(repr, self.callbacks))}; {self.progress})"
+
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        self._optimizers_report = True
+        # GradScaler calls a fused optimizer's step even when it found infinities: the kernel skips.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        which = self._optimizers.index(optimizer)
+        self._round[which] += 1
+        if all(self._round):
+            self._count()
+        elif self._round[which] == _SILENT_ROUND:
+            silent = type(self._optimizers[self._round.index(0)]).__name__
+            warnings.warn(
+                f"progress stands still: one optimizer made {_SILENT_ROUND} updates, but {silent} none; "
+                "attach only optimizers that take part in every round",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+
+    def _count(self) -> None:
+        self._round = [0] * len(self._optimizers)
+        self.progress.step += 1
+        if self._paused:
+            return
+        if self._watched_updates == 0:  # FSDP may have sharded the model after attach; compiling it is fine
+            _check_obstacles(self._whole, self.callbacks, ignored="compiled")
+        with self._switch.off():  # observers see the plain model
+            for callback in self.callbacks:
+                callback.update()
+        self._watched_updates += 1
+        if self._watched_updates == _SILENT_UPDATES:
+            self._report_silent_hooks()
+
+    def _report_silent_hooks(self) -> None:
+        for name in dict.fromkeys(hook.owner for hook in self._hooks if not hook.fired):
+            silent = ", ".join(
+                getattr(hook.function, "__name__", repr(hook.function))
+                for hook in self._hooks
+                if hook.owner == name and not hook.fired
+            )
+            warnings.warn(
+                f"{name} has no effect: {_SILENT_UPDATES} updates passed and its hook {silent} never fired; "
+                "call model(...) itself, not model.forward or forward_features",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+
+
+def _check_claims(callbacks: Sequence[Callback]) -> None:
+    names: set[str] = set()
+    slots: dict[str, str] = {}
+    for callback in callbacks:
+        if callback.name in names:
+            raise AttachError(
+                f"two callbacks are named {callback.name!r}: give one another name, "
+                f"for example callback.name = '{callback.name}_2'"
+            )
+        if callback.slot is not None and callback.slot in slots:
+            raise AttachError(
+                f"{slots[callback.slot]} and {callback.name} both claim the slot {callback.slot!r}: "
+                "attach only one of them"
+            )
+        names.add(callback.name)
+        if callback.slot is not None:
+            slots[callback.slot] = callback.name
+
+
+def _check_obstacles(model: nn.Module, callbacks: Sequence[Callback], ignored: str = "") -> None:
+    for kind, line in obstacles(model):
+        refused = [callback.name for callback in callbacks if kind not in callback.supports]
+        if refused and kind != ignored:
+            raise AttachError(f"cannot attach {', '.join(refused)} to {type(model).__name__}: {line}")
+
+
+def _check_plain(value: Any, owner: str) -> None:
+    """Checkpoints are read by `torch.load(weights_only=True)` and by people: no pickled classes."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, owner)
+            _check_plain(item, owner)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_plain(item, owner)
+    elif type(value) not in _PLAIN and not isinstance(value, Tensor):
+        raise TypeError(
+            f"the state of {owner} holds a {type(value).__name__}: only plain types and tensors can be saved"
+        )

@@ -1,0 +1,79 @@
+"""An online kNN probe: how good are the backbone's features by now?"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from leaven.callbacks.core import Callback, Handle, Progress
+
+
+class KNNProbe(Callback):
+    """Every so many updates, the kNN accuracy of the backbone's pooled features.
+
+    The protocol is `leaven.pretext.evaluation.knn`'s. Images must already be normalised and are not
+    augmented. Hooks are paused meanwhile, modules keep their modes and the random state is as before, so
+    training goes on as it would have without the probe. Every process computes the same number.
+
+    Args:
+        train: images (N, C, H, W) or a loader of batches, and labels (N,) in the same order: the bank to
+        search.
+        test: images and labels to classify.
+        every: updates between two measurements.
+        k: neighbours that vote.
+        temperature: of the votes, in units of cosine similarity.
+        name: of the callback, and the first word of the logged value; for a second probe beside the first.
+
+    Attributes:
+        history: pairs (update, accuracy in [0, 1]), oldest first.
+    """
+
+    order = 95
+    binds = "backbone"
+    supports = frozenset({"compiled"})
+
+    def __init__(
+        self,
+        train: tuple[Tensor | Iterable[Any], Tensor],
+        test: tuple[Tensor | Iterable[Any], Tensor],
+        every: int,
+        k: int = 20,
+        temperature: float = 0.07,
+        name: str = "knn",
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be a number of updates, at least 1, not {every}")
+        self.train, self.test = train, test
+        self.every, self.k, self.temperature = every, k, temperature
+        self.name = name
+        self.history: list[tuple[int, float]] = []
+
+    def setup(
+        self, model: nn.Module, optimizers: tuple[Optimizer, ...], progress: Progress
+    ) -> Iterable[Handle]:
+        self._backbone, self._progress = model, progress
+        return ()
+
+    def update(self) -> None:
+        if self._progress.step % self.every == 0:
+            self.history.append((self._progress.step, self.measure()))
+
+    def measure(self) -> float:
+        """The accuracy now, in [0, 1]; not added to `history`."""
+        from leaven.pretext.evaluation import extract_features, knn
+
+        bank, queries = (extract_features(self._backbone, images) for images, _ in (self.train, self.test))
+        return knn(bank, self.train[1], queries, self.test[1], k=self.k, temperature=self.temperature)
+
+    def logs(self) -> dict[str, float]:
+        return {f"{self.name}_top1": self.history[-1][1]} if self.history else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [list(pair) for pair in self.history]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = [(step, accuracy) for step, accuracy in state["history"]]
+
+    def __repr__(self) -> str:
+        return f"KNNProbe(every={self.every}, k={self.k}, temperature={self.temperature:g})"

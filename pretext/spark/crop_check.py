@@ -1,0 +1,159 @@
+"""Is a masked encoder exact on this backbone? Asked of the backbone itself, in float64, before it is used."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leaven.backbones import Stage, features
+from leaven.pretext.spark.errors import SparseUnsupported
+
+# Relative to a map's largest value. float64 rounding stays below 1e-7 even in nets that amplify it or compute a norm
+# in float32; a layer that leaks is off by more than 1e-3.
+TOLERANCE = 1e-5
+
+# What nets raise when an image does not suit them.
+_UNSUITABLE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)
+_RANDOM_LAYERS = ("Dropout", "DropPath", "StochasticDepth")
+
+Encode = Callable[[nn.Module, Tensor, Tensor, Sequence[Stage], int], list[Tensor]]
+
+
+def crop_check(
+    backbone: nn.Module,
+    convert: Callable[[nn.Module], None],
+    encode: Encode,
+    stages: Sequence[Stage],
+    cell: int,
+    in_chans: int = 3,
+) -> None:
+    """Compare the masked encoder with the plain network on the visible crop; they must agree.
+
+    Images of three cells, two of them visible, NaN in the third, against the plain network on those two alone: its zero
+    padding stands where hidden zeros do, so that whatever looks across positions without counting only visible ones
+    shows up. On copies in float64 with random norm weights, in training mode (batch moments) and in evaluation.
+
+    Args:
+        backbone: a copy of a plain network, which is spoilt.
+        convert: makes a copy of it ready for `encode`.
+        encode: ``encode(backbone, images, mask, stages, cell) -> maps``.
+        stages: the maps to compare.
+        cell: side of a mask cell in pixels.
+        in_chans: channels of the images.
+
+    Raises:
+        SparseUnsupported: they differ, or one of them does not run; one line that names the module.
+    """
+    generator = torch.Generator().manual_seed(0)
+    plain = backbone.cpu().double().requires_grad_(False)
+    _randomise(plain, generator)
+    sparse = copy.deepcopy(plain)
+    convert(sparse)
+    crops = torch.randn(2, in_chans, cell, 2 * cell, generator=generator, dtype=torch.float64)
+    hidden = torch.full((2, in_chans, cell, cell), float("nan"), dtype=torch.float64)
+    images = torch.stack([torch.cat([crops[0], hidden[0]], -1), torch.cat([hidden[1], crops[1]], -1)])
+    mask = torch.tensor([[[True, True, False]], [[False, True, True]]])
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for training in (True, False):  # in this order: the first leaves running moments that suit the second
+            for net in (plain, sparse):
+                _set_mode(net, training)
+            try:
+                with _outputs(plain) as expected_by_module:
+                    expected = features(plain, crops, stages)
+            except _UNSUITABLE as error:
+                raise _unless_refusal(error, backbone, f"does not run on {cell}x{2 * cell} px") from error
+            try:
+                with _outputs(sparse) as found_by_module:
+                    found = encode(sparse, images, mask, stages, cell)
+            except _UNSUITABLE as error:
+                raise _unless_refusal(error, backbone, "cannot be masked") from error
+            if not all(_agree(_visible(f, e), e) for f, e in zip(found, expected, strict=True)):
+                if training and not _same(expected, features(plain, crops, stages)):
+                    raise SparseUnsupported(
+                        f"{type(backbone).__name__} draws random numbers outside of dropout layers, so its training "
+                        "mode cannot be checked; build it without, or use the packed backend"
+                    )
+                raise SparseUnsupported(_culprit(plain, expected_by_module, found_by_module))
+
+
+def _randomise(net: nn.Module, generator: torch.Generator) -> None:
+    """Scales and offsets start as constants, many as zeros, behind which a leak would hide.
+
+    Running moments are set to take the value of one training pass: far from the data's, they blow a deep net's
+    rounding up to the size of a leak.
+    """
+    norms: Any = [m for m in net.modules() if hasattr(m, "running_mean") and hasattr(m, "momentum")]
+    for norm in norms:
+        norm.momentum = 1.0
+    for parameter in net.parameters():
+        if parameter.is_floating_point() and (parameter.dim() <= 1 or parameter.max() == parameter.min()):
+            parameter.copy_(torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5)
+
+
+def _set_mode(net: nn.Module, training: bool) -> None:
+    for module in net.train(training).modules():
+        if any(
+            kind in name for kind in _RANDOM_LAYERS for name in (c.__name__ for c in type(module).__mro__)
+        ):
+            module.eval()
+
+
+@contextmanager
+def _outputs(net: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """What each module returned, in the order in which they finished."""
+    outputs: list[tuple[str, Tensor]] = []
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                outputs.append((name, output.clone()))
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in net.named_modules()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _visible(found: Tensor, expected: Tensor) -> Tensor:
+    """The visible two thirds of a map, wherever its width is (NCHW or NHWC); anything else as it is."""
+    for width in (-1, -2):
+        if found.dim() >= 4 and found.shape[width] * 2 == expected.shape[width] * 3:
+            side = expected.shape[width] // 2
+            return torch.cat([found[:1].narrow(width, 0, 2 * side), found[1:].narrow(width, side, 2 * side)])
+    return found
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _culprit(net: nn.Module, expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]) -> str:
+    """Name the first module whose output is wrong, and the one that it is in."""
+    name = ""
+    for (name, e), (_, f) in zip(expected, found, strict=False):  # noqa: B007
+        f = _visible(f, e)
+        if f.shape == e.shape and not _agree(f, e):
+            break
+    parent = name.rpartition(".")[0]
+    described = [f"{n or 'the backbone'} ({type(net.get_submodule(n)).__name__})" for n in (name, parent)]
+    return f"{described[0]}, inside {described[1]}, lets hidden positions change visible ones: no exact sparse form"
+
+
+def _unless_refusal(error: BaseException, backbone: nn.Module, what: str) -> SparseUnsupported:
+    if isinstance(error, SparseUnsupported):
+        return error
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return SparseUnsupported(f"{type(backbone).__name__} {what}: {reason}")

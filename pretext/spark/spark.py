@@ -1,0 +1,220 @@
+"""SparK as an objective (Tian et al., "Designing BERT for Convolutional Networks", ICLR 2023)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from leaven.backbones import Stage, create, resolve, save, unused_parameters
+from leaven.backbones import stages as backbone_stages
+from leaven.backbones.probe import untouched
+from leaven.pretext.output import Output
+from leaven.pretext.spark.decoder import Densify, LightDecoder
+from leaven.pretext.spark.dense import dense_encode
+from leaven.pretext.spark.errors import SparseUnsupported
+from leaven.pretext.spark.geometry import Geometry
+from leaven.pretext.spark.loss import masked_loss, reconstruction
+from leaven.pretext.spark.masking import sample_mask, visible_count, visible_ids
+from leaven.pretext.spark.packed import packed_encode
+from leaven.pretext.spark.swaps import swap, unswap
+
+
+class SparK(nn.Module):
+    """Masked modelling with a sparse encoder on any convolutional backbone, and a light decoder.
+
+    Args:
+        backbone: a name for ``leaven.backbones.create``, or your own module; it is not modified.
+        mask_ratio: share of cells hidden; the realised share is a whole number of cells.
+        decoder_width: at the smallest map; halves with every doubling of the side. 768 is the paper's.
+        densify_norm: "bn", "ln" or "none" before the mask tokens; "auto" follows the backbone's own norm.
+        backend: "packed" computes visible positions only, "dense" masks dense operations; "auto" takes packed, the
+            faster wherever measured, unless only dense accepts the backbone.
+        stages: reductions of the maps to use, such as (4, 8, 16); by default the last four from reduction 4 on.
+        mask_cell: side of a mask cell in pixels, a multiple of the largest reduction used (the default).
+
+    Raises:
+        SparseUnsupported: if the backbone has an operation without exact sparse form; one line names it.
+        ValueError: if the settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        mask_ratio: float = 0.6,
+        decoder_width: int = 768,
+        densify_norm: Literal["auto", "bn", "ln", "none"] = "auto",
+        backend: Literal["auto", "packed", "dense"] = "auto",
+        stages: Sequence[int] | None = None,
+        mask_cell: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = resolve(backbone) if isinstance(backbone, str) else type(backbone).__name__
+        self.backbone = create(backbone)
+        self.mask_ratio = mask_ratio
+        self.stages = choose_stages(backbone_stages(self.backbone), stages)
+        reduction = self.stages[-1].reduction
+        self.mask_cell = mask_cell or reduction
+        if self.mask_cell % reduction:
+            raise ValueError(
+                f"mask_cell={self.mask_cell} is not a multiple of {reduction}, the reduction of the smallest map used; "
+                "leave deeper maps out with stages= for smaller cells"
+            )
+        if decoder_width % reduction:
+            raise ValueError(
+                f"decoder_width={decoder_width} must be divisible by {reduction}: it halves per level"
+            )
+        norm = _own_norm(self.backbone) if densify_norm == "auto" else densify_norm
+        self.densify = nn.ModuleList(
+            Densify(
+                s.channels, decoder_width * s.reduction // reduction, norm, first=s.reduction == reduction
+            )
+            for s in self.stages
+        )
+        self.in_chans = next(m.in_channels for m in self.backbone.modules() if isinstance(m, nn.Conv2d))
+        self.decoder = LightDecoder(reduction, decoder_width, self.in_chans)
+        self.backend, self.backend_reason = self._choose_backend(backend)
+        unused = unused_parameters(self.backbone, self.stages)
+        # DistributedDataParallel reads this: layers after the last map (a classifier) get no gradient here.
+        self._ddp_params_and_buffers_to_ignore = [f"backbone.{name}" for name in sorted(unused)]
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Output:
+        """The loss on hidden patches.
+
+        Args:
+            images: (B, C, H, W), normalised; sides must be multiples of ``mask_cell``.
+            mask: bool (B, fh, fw), True = visible, the same count in every image; drawn by the CPU generator if None.
+        """
+        mask, geo = self._geometry(images, mask)
+        prediction = self._decode(images, mask, geo)
+        loss = masked_loss(prediction, images, mask)
+        return Output(loss, {"loss": loss.detach(), "mask_ratio": 1 - geo.keep / (geo.grid[0] * geo.grid[1])})
+
+    def encode(self, images: Tensor, mask: Tensor) -> list[Tensor]:
+        """Dense maps (B, C, h, w) of the stages used, largest first, zeros at hidden positions."""
+        mask, geo = self._geometry(images, mask)
+        return [geo.scatter(values, r) for values, r in self._encode(images, mask, geo)]
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) with their hidden patches as predicted, in the images' own units.
+
+        A predicted patch is standardised; its mean and deviation are taken from the hidden patch, as upstream does.
+        """
+        mask, geo = self._geometry(images, mask)
+        return reconstruction(self._decode(images, mask, geo), images, mask)
+
+    def export(self, path: str | Path) -> None:
+        """Write the backbone as safetensors that load strictly into plain timm or torchvision."""
+        save(self.backbone, path, name=self.name, metadata={"method": "SparK"})
+
+    def mask_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Cells (fh, fw) of an image.
+
+        Raises:
+            ValueError: if a side is not a multiple of ``mask_cell``.
+        """
+        cell = self.mask_cell
+        if height % cell or width % cell:
+            near = [max(cell, round(side / cell) * cell) for side in (height, width)]
+            raise ValueError(
+                f"image size {height}x{width} is not a multiple of the mask cell {cell}; try {near[0]}x{near[1]}"
+            )
+        return height // cell, width // cell
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizer factory must not decay, besides one-dimensional ones."""
+        return {name for name, _ in self.named_parameters() if name.endswith("mask_token")}
+
+    def extra_repr(self) -> str:
+        """The settings in force."""
+        return (
+            f"{self.name}, backend={self.backend}, mask_ratio={self.mask_ratio}, mask_cell={self.mask_cell}"
+        )
+
+    def _geometry(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Geometry]:
+        grid = self.mask_grid(*images.shape[-2:])
+        if mask is None:
+            mask = sample_mask(images.shape[0], grid, self.mask_ratio)
+        if tuple(mask.shape) != (images.shape[0], *grid):
+            raise ValueError(
+                f"mask must be (B, fh, fw) = {(images.shape[0], *grid)}, got {tuple(mask.shape)}"
+            )
+        # In a compiled graph the count cannot be read off the mask; it is taken from the ratio and checked there.
+        keep = visible_count(grid[0] * grid[1], self.mask_ratio) if torch.compiler.is_compiling() else None
+        ids = visible_ids(mask, keep)
+        return mask.to(images.device), Geometry(ids.to(images.device), grid)
+
+    def _encode(self, images: Tensor, mask: Tensor, geo: Geometry) -> list[tuple[Tensor, int]]:
+        if self.backend == "packed":
+            if not torch.compiler.is_compiling():
+                swap(self.backbone)  # modules may have become SyncBatchNorm since the last call
+            return packed_encode(self.backbone, images, geo, self.stages)
+        maps = dense_encode(self.backbone, images, mask, self.stages)
+        sides = [self.mask_cell // stage.reduction for stage in self.stages]
+        return [(geo.gather(m, r), r) for m, r in zip(maps, sides, strict=True)]
+
+    def _decode(self, images: Tensor, mask: Tensor, geo: Geometry) -> Tensor:
+        maps: dict[int, Tensor] = {}
+        packed = self._encode(images, mask, geo)
+        for stage, densify, (values, r) in zip(self.stages, self.densify, packed, strict=True):
+            maps[stage.reduction] = densify(values, geo, r, mask)
+        reduction = self.stages[-1].reduction
+        return self.decoder([maps.get(reduction >> i) for i in range(len(self.decoder.blocks))])  # type: ignore[no-any-return]
+
+    def _choose_backend(self, backend: str) -> tuple[str, str]:
+        """Try one forward and backward pass per candidate; the first that accepts the backbone serves."""
+        refused: list[SparseUnsupported] = []
+        for candidate in ("packed", "dense") if backend == "auto" else (backend,):
+            self.backend = candidate
+            try:
+                with untouched(self.backbone):
+                    self._probe()
+            except SparseUnsupported as error:
+                unswap(self.backbone)
+                refused.append(error)
+            else:
+                reason = f"packed refused: {refused[0]}" if refused else "asked for"
+                return candidate, reason if backend != "auto" or refused else "the faster wherever measured"
+        raise SparseUnsupported(f"{refused[0]}; choose a convolutional backbone without it") from refused[0]
+
+    def _probe(self) -> None:
+        weight = next(self.parameters())
+        images = weight.new_ones(2, self.in_chans, self.mask_cell, 2 * self.mask_cell)
+        ids = torch.tensor([[0], [1]], device=weight.device)
+        mask = torch.eye(2, dtype=torch.bool, device=weight.device).unsqueeze(1)
+        for training in (True, False):
+            self.backbone.train(training)
+            self._encode(images, mask, Geometry(ids, (1, 2)))
+
+
+def choose_stages(found: Sequence[Stage], reductions: Sequence[int] | None) -> tuple[Stage, ...]:
+    """The stages whose reductions are asked for, by default the last four from reduction 4 on.
+
+    Raises:
+        SparseUnsupported: if the backbone's reductions do not double down to pixels.
+        ValueError: if a reduction asked for does not exist.
+    """
+    have = [stage.reduction for stage in found]
+    if reductions is None:
+        chosen = tuple(stage for stage in found if stage.reduction >= 4)[-4:]
+    else:
+        missing = sorted(set(reductions) - set(have))
+        if missing or not reductions:
+            raise ValueError(
+                f"stages={tuple(reductions)}: no map of reduction {missing}; this backbone has {have}"
+            )
+        chosen = tuple(stage for stage in found if stage.reduction in set(reductions))
+    if not chosen or any(stage.reduction & (stage.reduction - 1) for stage in chosen):
+        raise SparseUnsupported(
+            f"SparK needs feature maps whose reductions are powers of two from 4 on; this backbone has {have}"
+        )
+    return chosen
+
+
+def _own_norm(backbone: nn.Module) -> str:
+    kinds = [type(module).__mro__ for module in backbone.modules()]
+    if any(nn.modules.batchnorm._BatchNorm in kind for kind in kinds):
+        return "bn"
+    return "ln" if any(nn.LayerNorm in kind for kind in kinds) else "none"

@@ -1,0 +1,106 @@
+"""The model card: README.md of a run folder, for whoever finds the weights without the run."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from leaven import __version__
+from leaven.recipes.common.run_folder import RunFolder
+
+_PACKAGES = ("torch", "torchvision", "timm", "accelerate")
+
+
+def write_card(
+    run: RunFolder,
+    backbone: str,
+    method: str,
+    paper: str,
+    *,
+    data: Sequence[str],
+    how: Sequence[str],
+    results: Sequence[tuple[str, str]],
+) -> None:
+    """Write README.md.
+
+    Args:
+        run: the folder; pictures in its plots/ are shown.
+        backbone: resolved name, as `leaven.backbones.create` takes it.
+        method, paper: what was done, and where it comes from.
+        data: lines about the data, with what must be known before the results are believed.
+        how: lines about training and evaluation; all settings are in config.yaml.
+        results: (what, value), in the order to show.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    name = backbone.removeprefix("tv:")
+    plain = f"timm.create_model({name!r}, num_classes=0)"
+    if backbone.startswith("tv:"):
+        plain = f"torchvision.models.get_model({name!r})"
+    elif ":" in backbone:
+        plain = f"{backbone.replace(':', '.')}()"
+    pictures = sorted(path.name for path in run.plots.glob("*.png"))
+    versions = ", ".join([f"Python {platform.python_version()}", *(f"{p} {_version(p)}" for p in _PACKAGES)])
+    lines = [
+        f"# {backbone}, {method}",
+        "",
+        f"Backbone weights from {method} ({paper}), trained with leaven {__version__}.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from safetensors.torch import load_file",
+        f"backbone = {plain}",
+        'backbone.load_state_dict(load_file("backbone.safetensors"))',
+        "```",
+        "",
+        "## Results",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {what} | {value} |" for what, value in results),
+        "",
+        *(f"![{picture.removesuffix('.png')}](plots/{picture})\n" for picture in pictures),
+        "## Data",
+        "",
+        *(f"- {line}" for line in data),
+        "",
+        "## How it was made",
+        "",
+        f"    {command()}",
+        "",
+        *(f"- {line}" for line in how),
+        "- all settings: config.yaml; log: metrics.jsonl",
+        f"- {versions}; {platform.system()} {platform.machine()}{_commit()}",
+        "",
+    ]
+    run.write(run.card, "\n".join(lines))
+
+
+def command() -> str:
+    """The command line of this process, to be pasted into a shell."""
+    return shlex.join(["python", *sys.argv])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit of the checkout that this file runs from; nothing for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "src" / "leaven").is_dir():  # installed, perhaps inside somebody else's repository
+        return ""
+    git = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        return ""
+    return f"; leaven commit {found.stdout.strip()}" if found.returncode == 0 else ""

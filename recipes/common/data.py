@@ -1,0 +1,213 @@
+"""From a `--data` text to a loader: `open_data`, `KeyedDataset`, `make_loader`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from leaven.recipes.common.augment import Transform
+from leaven.recipes.common.flags import UserError
+from leaven.recipes.common.folders import split_folder
+from leaven.recipes.common.sampler import Key, KeyedBatchSampler
+from leaven.recipes.common.sources import (
+    FileSource,
+    Source,
+    TolerantSource,
+    TooManyBadImages,
+    digits,
+    show_path,
+)
+from leaven.recipes.common.torchvision_sets import open_torchvision
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass
+class Data:
+    """What `open_data` found.
+
+    Attributes:
+        name: for titles and folder names.
+        kind: "digits", "torchvision" or "folder".
+        train, val: the two parts.
+        classes: class names by label; empty without labels.
+        mean, std: per channel, of images in [0, 1].
+        image_size: (H, W) to train at, a suggestion.
+        notes: lines to print: what was found and decided.
+    """
+
+    name: str
+    kind: str
+    train: Source
+    val: Source
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    notes: list[str] = field(default_factory=list)
+
+
+def open_data(spec: str, *, max_bad_images: int = 10, seed: int = 0, in_chans: int = 3) -> Data:
+    """Open the data that a `--data` text names.
+
+    Args:
+        spec: `digits`, `tv:NAME@ROOT` (add `?download` to let torchvision fetch it), or a folder as
+            `split_folder` understands it.
+        max_bad_images: unreadable images to bear in each of the two parts.
+        seed: key of the split where the data has none.
+        in_chans: 1 to read grey, 3 to read RGB.
+
+    Raises:
+        UserError: the data is not there, or is not what its place says.
+    """
+    if in_chans not in (1, 3):
+        raise UserError(f"--in-chans {in_chans}: images are read as 1 (grey) or 3 (RGB) channels")
+    if spec == "digits":
+        return _open_digits(seed, in_chans)
+    if spec.startswith("tv:"):
+        return _open_torchvision(spec, in_chans, max_bad_images)
+    return _open_folder(os.path.expanduser(spec), seed, in_chans, max_bad_images)
+
+
+def _open_digits(seed: int, in_chans: int) -> Data:
+    train, val = digits(seed, in_chans)
+    mean, std = channel_statistics(train)
+    notes = [f"digits: {len(train)} training and {len(val)} held-out 8x8 images; a smoke test, no evidence"]
+    return Data("digits", "digits", train, val, tuple("0123456789"), mean, std, (64, 64), notes)
+
+
+def _open_torchvision(spec: str, in_chans: int, max_bad_images: int) -> Data:
+    train, val, classes, val_name = open_torchvision(spec, in_chans, max_bad_images)
+    mean, std = channel_statistics(train)
+    name = spec.removeprefix("tv:").split("@")[0]
+    notes = [
+        f"{name}: {len(train)} training images, {len(val)} held out ({val_name}), {len(classes)} classes"
+    ]
+    return Data(name, "torchvision", train, val, classes, mean, std, suggested_size(train), notes)
+
+
+def _open_folder(root: str, seed: int, in_chans: int, max_bad_images: int) -> Data:
+    found = split_folder(root, seed)
+    train, val = (
+        FileSource(root, part.paths, part.labels, in_chans, max_bad_images)
+        for part in (found.train, found.val)
+    )
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if in_chans == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)  # type: ignore[assignment]
+    name = show_path(os.path.basename(os.path.abspath(root)))
+    return Data(name, "folder", train, val, found.classes, mean, std, suggested_size(train), found.notes)
+
+
+def _spread(source: Source, n: int) -> list[Tensor]:
+    """About `n` images, evenly spread over the source."""
+    return [source.image(i) for i in range(0, len(source), max(1, len(source) // n))]
+
+
+def channel_statistics(source: Source, n: int = 2000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, of images in [0, 1], over all pixels of about `n` images."""
+    pixels = torch.cat([image.flatten(1) for image in _spread(source, n)], dim=1).double() / 255
+    return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).tolist())
+
+
+def suggested_size(source: Source) -> tuple[int, int]:
+    """A square to train at: 224 for photos, else the images' shorter side rounded up to 32, at least 64.
+
+    64 because networks that divide the side by 32 need more than one cell.
+    """
+    shorter = float(np.median([min(image.shape[-2:]) for image in _spread(source, 8)]))
+    side = 224 if shorter >= 200 else max(64, 32 * -(-int(shorter) // 32))
+    return side, side
+
+
+class KeyedDataset(Dataset[tuple[Any, int]]):
+    """A source and a transform, asked by `Key`: (what the transform makes, label or -1)."""
+
+    def __init__(self, source: Source, transform: Transform) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> tuple[Any, int]:
+        image, label = self.source.image(key.index), self.source.label(key.index)
+        return self.transform(image, key), -1 if label is None else label
+
+
+class KeyedLoader(DataLoader[tuple[Any, int]]):
+    """A DataLoader that moves its sampler's position as it hands batches out, and names unreadable images."""
+
+    dataset: KeyedDataset
+    batch_sampler: KeyedBatchSampler
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        source = _tolerant(self.dataset.source)
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except TooManyBadImages:
+                # From a worker it comes with that worker's traceback for a message: say it again, in one
+                # line.
+                if source is None:
+                    raise
+                raise source.too_many() from None
+            if source is not None:
+                source.report()
+            self.batch_sampler.advance()
+            yield batch
+        self.batch_sampler.next_epoch()
+
+
+def make_loader(
+    dataset: KeyedDataset, sampler: KeyedBatchSampler, workers: int = 0, *, pin_memory: bool = False
+) -> KeyedLoader:
+    """A loader of the sampler's batches.
+
+    `for batch in loader` goes from the sampler's position to the end of its epoch, and leaves the sampler
+    at the start of the next. Nothing is drawn from the global generator. Do not give it to
+    `accelerator.prepare`: the sampler knows its rank already.
+
+    Args:
+        dataset: what to load.
+        sampler: which keys, in which batches.
+        workers: processes; they are kept between epochs. 0: load in this process.
+        pin_memory: page-locked batches, for faster copies to a GPU.
+    """
+    return KeyedLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_leave_process_group if workers else None,
+        pin_memory=pin_memory,
+        # An iterator draws a base seed for its workers: from here, not from the global generator.
+        generator=torch.Generator(),
+    )
+
+
+def _tolerant(source: Any) -> TolerantSource | None:
+    """The source that counts unreadable images, if need be below wrappers that hold theirs as `.source`."""
+    while source is not None and not isinstance(source, TolerantSource):
+        source = getattr(source, "source", None)
+    return source
+
+
+def _leave_process_group(worker: int) -> None:
+    """Let Ctrl-C and signals to the whole group reach the training process alone.
+
+    It still needs its workers to reach a step where it can save. They end when it tells them to, or within
+    seconds after it is gone.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

@@ -1,0 +1,104 @@
+"""One image file -> uint8 (C, H, W), whatever the file holds; or `BadImage` with the reason."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What is listed when a folder is searched, lower case.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+
+# What Pillow's readers raise on damaged files; they have no common base.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+
+class BadImage(Exception):
+    """A file that is no readable image; the message says why, the path is the caller's to add."""
+
+
+def read_image(path: str, in_chans: int = 3) -> Tensor:
+    """Read one file: uint8 (in_chans, H, W).
+
+    Raises:
+        BadImage: missing, unreadable, not an image, truncated.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise BadImage(error.strerror or str(error)) from None
+    return decode(data, in_chans)
+
+
+def decode(data: bytes, in_chans: int = 3) -> Tensor:
+    """Decode an image file's bytes: uint8 (in_chans, H, W).
+
+    By Pillow: it knows every kind of file named above, and torchvision's own decoders are deprecated.
+
+    Args:
+        data: the file.
+        in_chans: 1 for grey, 3 for RGB.
+
+    Raises:
+        BadImage: not an image, truncated, or pixels without a defined range.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not data:
+        raise BadImage("empty file")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return to_uint8(image, in_chans)
+    except UnidentifiedImageError:
+        raise BadImage("not an image") from None
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
+        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def to_uint8(image: Image, in_chans: int) -> Tensor:
+    """A Pillow image of any mode -> uint8 (in_chans, H, W), upright as EXIF says, on white where transparent.
+
+    Raises:
+        BadImage: float or 32-bit pixels, which have no defined range.
+    """
+    from PIL import Image as pil
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = _from_16_bit(image)
+    if image.has_transparency_data:
+        # What is painted below full transparency is arbitrary, and was never meant to be seen.
+        image = image.convert("RGBA")
+        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
+    pixels = np.array(image.convert("L" if in_chans == 1 else "RGB"))
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1).contiguous()
+
+
+def _from_16_bit(image: Image) -> Image:
+    """Modes I;16* and I to L by the 16-bit range; Pillow's own conversion clips at 255."""
+    from PIL import Image as pil
+
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+        raise BadImage(f"pixels of mode {image.mode} have no defined range; save the file with 8 or 16 bits")
+    return pil.fromarray(np.round(pixels / 257).astype(np.uint8))

@@ -1,0 +1,265 @@
+"""Flags from a dataclass of settings, a YAML file below them, and one-line errors.
+
+A recipe writes its settings once, as a dataclass that extends `CommonSettings`: names, types, defaults
+and help texts are taken from there. Precedence: default < preset < `--config FILE.yaml` < flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from leaven.recipes.common.convert import convert, did_you_mean, without_none
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Something that the user can put right: one line that says what is wrong and what to do."""
+
+    on_every_rank = True  # False: one process alone met it, and has to say so itself
+
+
+def flag(default: T, help: str) -> T:
+    """A settings field with a default and the help text of its flag."""
+    # The dataclass wants to see a field here, and the type checker the default's type.
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class CommonSettings:
+    """The flags that every recipe has; a recipe extends this with its own and may change defaults."""
+
+    backbone: str = flag("convnext_t", "timm name, tv:NAME for torchvision, or package.module:factory")
+    data: str = flag("digits", "digits, tv:NAME@ROOT for a torchvision data set, or a folder of images")
+    image_size: tuple[int, int] | None = flag(None, "N or HxW in pixels; none: what suits the data")
+    in_chans: int = flag(3, "channels that the images are read with: 1 grey, 3 RGB")
+    max_bad_images: int = flag(10, "unreadable images per split to name and skip before giving up")
+    augment_on: Literal["loader", "device"] = flag(
+        "loader", "where crop and flip run; device: on the GPU, by kornia"
+    )
+    workers: int = flag(2, "processes that load data; 0: load in the training process")
+    epochs: int = flag(10, "passes over the training images")
+    batch_size: int = flag(64, "images per step on each process")
+    grad_accum_steps: int = flag(1, "batches per optimizer update")
+    lr: float = flag(1e-3, "peak learning rate")
+    weight_decay: float = flag(0.05, "weight decay")
+    warmup_epochs: float = flag(1.0, "epochs of linear warm-up")
+    opt: str = flag("adamw", "optimizer, by timm's name")
+    sched: Literal["cosine", "constant"] = flag("cosine", "learning rate after the warm-up")
+    clip_grad: float | None = flag(None, "largest gradient norm; none: no clipping")
+    init: str | None = flag(None, "weights to start from: a .safetensors file, or `pretrained`")
+    seed: int = flag(0, "seed of everything random")
+    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the forward pass")
+    channels_last: bool = flag(False, "channels_last memory format")
+    grad_checkpointing: bool = flag(False, "less memory for more time, where the backbone offers it")
+    compile: bool = flag(False, "torch.compile the model")
+    resume: str | None = flag(None, "auto: newest checkpoint in --output-dir; or a checkpoint folder")
+    output_dir: str | None = flag(None, "run folder; none: runs/RECIPE-BACKBONE-DATA")
+    log_with: str | None = flag(None, "accelerate trackers, comma-separated: tensorboard,wandb")
+    save_every: int = flag(1, "epochs between checkpoints")
+    keep: int = flag(2, "checkpoints to keep")
+    limit_batches: int | None = flag(None, "stop each epoch after this many batches")
+    dry_run: bool = flag(False, "two updates, checkpoint, reload, export: does it all work here?")
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.image_size is not None and min(self.image_size) < 1:
+            raise UserError("--image-size must be positive, as in 224 or 96x128")
+        if self.in_chans not in (1, 3):
+            raise UserError(f"--in-chans must be 1 or 3, got {self.in_chans}")
+
+
+_LEAST: dict[str, float] = {
+    **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "save_every", "keep", "limit_batches"), 1),
+    **dict.fromkeys(
+        ("workers", "seed", "lr", "weight_decay", "warmup_epochs", "clip_grad", "max_bad_images"), 0
+    ),
+}
+
+
+def parse(
+    settings_class: type[S],
+    argv: Sequence[str] | None = None,
+    *,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> S:
+    """Settings from the command line.
+
+    Args:
+        settings_class: a dataclass whose fields all have defaults.
+        argv: without the program's name; None: `sys.argv[1:]`.
+        presets: name -> overrides; gives the flag `--preset NAME`.
+
+    Raises:
+        UserError: unknown flag, key or preset (a near one is named), or a value that does not fit.
+        SystemExit: with code 0, after `--help`.
+    """
+    presets = presets or {}
+    parser = _parser(settings_class, presets)
+    argv = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        flags = [option for action in parser._actions for option in action.option_strings]
+        what = "unknown flag" if word.startswith("-") else "unexpected argument"
+        raise UserError(f"{what} {word}{did_you_mean(word, flags)}; --help lists the flags")
+    given = vars(known)
+    file = given.pop("config", None)
+    config = _read_config(file) if file else {}
+    preset = given.pop("preset", None) or config.pop("preset", None)
+    if preset is not None and preset not in presets:
+        raise UserError(
+            f"unknown preset {preset}{did_you_mean(str(preset), presets)}; "
+            f"there are: {', '.join(presets) or 'none'}"
+        )
+    chosen = dict(presets[preset]) if preset else {}
+    return _build(settings_class, chosen | _fields_of(settings_class, config, file) | given)
+
+
+def to_yaml(settings: Any) -> str:
+    """All settings as YAML that `from_yaml`, and `--config`, read back to equal settings."""
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(settings_class: type[S], text: str) -> S:
+    """The settings that `to_yaml` wrote.
+
+    Raises:
+        UserError: not YAML, an unknown key, or a value that does not fit.
+    """
+    return _build(settings_class, _fields_of(settings_class, _mapping(text, "settings"), "settings"))
+
+
+def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
+    """Run a recipe's `main`. An error that the user can put right is one line on stderr, and exit code 2.
+
+    Such errors are `UserError` and the named errors of backbones and SparK. Anything else is a defect and keeps
+    its traceback.
+
+    Args:
+        main: called without arguments.
+        errors: more exceptions to treat so.
+    """
+    from leaven.backbones import NoStages, UnknownBackbone, WeightsMismatch
+    from leaven.pretext.spark import SparseUnsupported
+
+    named = (UserError, UnknownBackbone, NoStages, WeightsMismatch, SparseUnsupported)
+    known: tuple[type[Exception], ...] = named + errors
+    try:
+        main()
+    except known as error:
+        line = " ".join(str(error).split())
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
+            print(f"error: {line}", file=sys.stderr)
+        elif not getattr(error, "on_every_rank", True):
+            print(f"error: {line} (rank {rank})", file=sys.stderr)
+        else:
+            # The launcher ends all ranks as soon as it sees one fail: leave rank 0 the time to say why.
+            time.sleep(10)
+        sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def _parser(settings_class: type, presets: Mapping[str, Any]) -> argparse.ArgumentParser:
+    doc = (settings_class.__doc__ or "").strip().split("\n")[0]
+    parser = _Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("-c", "--config", metavar="FILE.yaml", help="settings from a file; flags win over it")
+    if presets:
+        parser.add_argument("--preset", metavar="NAME", help=f"a named set of defaults: {', '.join(presets)}")
+    hints = get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        name = f"--{field.name.replace('_', '-')}"
+        text = f"{_help(settings_class, field.name)} (default: {_show(field.default)})".replace("%", "%%")
+        if hints[field.name] is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(name, metavar=_metavar(hints[field.name]), help=text)
+    return parser
+
+
+def _help(settings_class: type, name: str) -> str:
+    """The field's help text; a subclass that only changes the default keeps the text of its parent."""
+    for cls in settings_class.__mro__:
+        field = getattr(cls, "__dataclass_fields__", {}).get(name)
+        if field is not None and "help" in field.metadata:
+            return str(field.metadata["help"])
+    return ""
+
+
+def _metavar(hint: Any) -> str:
+    hint = without_none(hint)
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "HxW" if get_args(hint) == (int, int) else "A,B"
+    return str(hint.__name__).upper()
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ("x" if all(isinstance(v, int) for v in value) else ",").join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def _hyphens(word: str) -> str:
+    """`--batch_size=8` -> `--batch-size=8`."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --config {path}: {getattr(error, 'strerror', None) or error}") from None
+    return _mapping(text, path)
+
+
+def _mapping(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not YAML: {error}") from None
+    if values is not None and not isinstance(values, dict):
+        raise UserError(f"{where} must hold `name: value` lines")
+    return {str(key): value for key, value in (values or {}).items()}
+
+
+def _fields_of(settings_class: type, config: dict[str, Any], where: str | None) -> dict[str, Any]:
+    """`config` by field name; keys may be written with hyphens."""
+    names = [field.name for field in dataclasses.fields(settings_class)]
+    for key in config:
+        if key.replace("-", "_") not in names:
+            raise UserError(f"unknown key {key} in {where}{did_you_mean(key.replace('-', '_'), names)}")
+    return {key.replace("-", "_"): value for key, value in config.items()}
+
+
+def _build(settings_class: type[S], values: Mapping[str, Any]) -> S:
+    hints = get_type_hints(settings_class)
+    converted = {}
+    for name, value in values.items():
+        try:
+            converted[name] = convert(value, hints[name])
+        except ValueError as error:
+            raise UserError(f"--{name.replace('_', '-')}: {error}, got {value!r}") from None
+    return settings_class(**converted)

@@ -1,0 +1,49 @@
+"""The optimizer by timm's name, with weight decay only where it belongs."""
+
+import difflib
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from leaven.recipes.common.flags import UserError
+from leaven.recipes.common.start import LoopSettings
+
+# Layer scale, as timm and torchvision call it. timm leaves out what is 1-D; torchvision's is not.
+_NO_DECAY = ("*gamma*", "*layer_scale*")
+
+
+def make_optimizer(objective: nn.Module, settings: LoopSettings) -> Optimizer:
+    """The optimizer of all trainable parameters, from ``--opt --lr --weight-decay --betas --clip-grad``.
+
+    Gradients are clipped once: an optimizer that clips by itself (timm's LAMB, at norm 1 unless told) is told the
+    limit, and `clips_itself` lets the loop know.
+
+    Raises:
+        UserError: unknown name, or an optimizer that has no betas where some are given.
+    """
+    import timm.optim
+
+    optim: Any = timm.optim
+    name = settings.opt.lower()
+    known = optim.list_optimizers()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--opt {settings.opt}: timm has no such optimizer{hint}")
+    if settings.betas is not None and not optim.get_optimizer_info(name).has_betas:
+        raise UserError(f"--opt {settings.opt} does not take betas; leave --betas out")
+    kwargs: dict[str, Any] = {} if settings.betas is None else {"betas": settings.betas}
+    # A decay that starts at zero and rises must still be told apart from none.
+    decay = max(settings.weight_decay, settings.weight_decay_end or 0.0)
+    own: Any = getattr(objective, "no_weight_decay", tuple)  # timm's convention for a model's own exceptions
+    groups = optim.param_groups_weight_decay(objective, decay, no_weight_decay_list={*own(), *_NO_DECAY})
+    optimizer: Optimizer = optim.create_optimizer_v2(groups, name, lr=settings.lr, weight_decay=decay, **kwargs)
+    if clips_itself(optimizer):
+        optimizer.defaults["max_grad_norm"] = settings.clip_grad  # where LAMB's step reads it
+    return optimizer
+
+
+def clips_itself(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's own step clips the gradient norm."""
+    return "max_grad_norm" in optimizer.defaults

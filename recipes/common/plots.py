@@ -1,0 +1,68 @@
+"""Pictures of a run. Drawn without a display and without pyplot's global state."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Loss by update, and its running mean over a fiftieth of the run.
+
+    Args:
+        rows: of metrics.jsonl.
+        path: a .png file; missing folders are made.
+        title: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    steps = [row["step"] for row in rows]
+    losses = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
+    window = max(1, len(rows) // 50)
+    smooth = losses.unfold(0, window, 1).mean(1).tolist()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses.tolist(), linewidth=0.6, alpha=0.4, label="each update")
+    axes.plot(steps[window - 1 :], smooth, linewidth=1.5, label=f"mean of {window}")
+    axes.set(title=title, xlabel="update", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def image_table(
+    columns: Mapping[str, Tensor], path: Path, *, mean: Sequence[float], std: Sequence[float], caption: str
+) -> None:
+    """Images side by side, one row per image.
+
+    Args:
+        columns: heading -> normalised images (N, C, H, W), the same N in each; one or three channels.
+        path: a .png file; missing folders are made.
+        mean, std: what the images were normalised with.
+        caption: below the picture.
+    """
+    from matplotlib.figure import Figure
+
+    rows = min(len(images) for images in columns.values())
+    height, width = next(iter(columns.values())).shape[-2:]
+    cell = 1.6
+    size = (cell * len(columns) * max(1.0, width / height), cell * rows * max(1.0, height / width) + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    for column, (heading, images) in enumerate(columns.items()):
+        pixels = (images[:rows].float().cpu() * scale + shift).clamp(0, 1)
+        grid[0, column].set_title(heading, fontsize=8)
+        for row in range(rows):
+            picture = pixels[row].permute(1, 2, 0).squeeze(-1).numpy()
+            grid[row, column].imshow(picture, cmap="gray", vmin=0, vmax=1)
+            grid[row, column].set_axis_off()
+    figure.supxlabel(caption, fontsize=7, wrap=True)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)

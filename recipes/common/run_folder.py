@@ -1,0 +1,137 @@
+"""The run folder: where a run writes, how it is found again, and what must not be overwritten.
+
+runs/spark-convnext_t-20260101-120000/
+    config.yaml          the settings; `--config` reads it back
+    metrics.jsonl        one line per optimizer update
+    checkpoints/         update-000000123.pt
+    backbone.safetensors the result
+    README.md            the model card
+    plots/
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from leaven.recipes.common.checkpoint import listing
+from leaven.recipes.common.flags import UserError
+
+
+class RunFolder:
+    """Paths of one run, and its log."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.backbone = path / "backbone.safetensors"
+        self.card = path / "README.md"
+        self.plots = path / "plots"
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl; on the disk's side of our buffers when this returns."""
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The log so far; a last line that a kill cut short is left out."""
+        rows = []
+        if self.metrics.exists():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+        return rows
+
+    def forget_after(self, step: int) -> None:
+        """Drop log lines of updates that a resumed run will do again."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        self.write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a small text file, whole or not at all.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        temporary = path.with_name(f".{path.name}.tmp")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError (full disk, no permission) into one line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def open_run(recipe: str, backbone: str, *, output_dir: str | None, resume: str | None) -> RunFolder:
+    """Choose and create the run folder, before anything expensive happens.
+
+    Args:
+        recipe, backbone: for the default name.
+        output_dir: ``--output-dir``.
+        resume: ``--resume``: None, "auto" or a run folder.
+
+    Raises:
+        UserError: the folder cannot be written, is in use by another run, or has nothing to resume.
+    """
+    if resume not in (None, "auto"):
+        path = Path(str(resume))
+        if output_dir is not None and Path(output_dir).resolve() != path.resolve():
+            raise UserError(f"--resume {resume} goes on in that folder; drop --output-dir {output_dir}")
+        if not listing(path / "checkpoints"):
+            raise UserError(f"--resume {resume}: no checkpoint in {path / 'checkpoints'}")
+        return _writable(RunFolder(path))
+    if output_dir is not None:
+        path = Path(output_dir)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output-dir {output_dir} is not a folder")
+        if resume is None and path.is_dir() and any(path.iterdir()):
+            raise UserError(
+                f"--output-dir {output_dir} is not empty; choose another, "
+                "or continue the run in it with --resume auto"
+            )
+        return _writable(RunFolder(path))
+    stem = f"{recipe}-{re.sub(r'[^A-Za-z0-9_.]+', '_', backbone)}"
+    if resume == "auto":
+        earlier = [path for path in Path("runs").glob(f"{stem}-[0-9]*") if listing(path / "checkpoints")]
+        if earlier:
+            return _writable(
+                RunFolder(max(earlier, key=lambda path: listing(path / "checkpoints")[0].stat().st_mtime))
+            )
+    path = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    while path.exists():
+        path = path.with_name(f"{path.name}b")
+    return _writable(RunFolder(path))
+
+
+def _writable(run: RunFolder) -> RunFolder:
+    """Create the folder and try it: permission bits do not tell (read-only mounts, root)."""
+    probe = run.path / f".writable-{os.getpid()}"
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"\0" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run folder {run.path}: {error.strerror}; choose another with --output-dir"
+        ) from error
+    return run

@@ -1,0 +1,22 @@
+"""What every test shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# One thread: sums come out in the same order on every machine, so that bit-equality tests mean something, and
+# the tiny tensors of this suite run faster without threads to wake.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def leaven_data() -> Path:
+    """The folder of real data that LEAVEN_DATA names; tests that ask for it are skipped without it."""
+    folder = os.environ.get("LEAVEN_DATA")
+    if not folder:
+        pytest.skip("needs real data: set LEAVEN_DATA to the folder that holds cifar10-exact/, uci/, ...")
+    path = Path(folder)
+    assert path.is_dir(), f"LEAVEN_DATA={folder} is not a folder"
+    return path

@@ -1,0 +1,106 @@
+"""Running recipes: in child processes, and what to compare afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+TINY = Path(__file__).parent / "tiny_run.py"
+SPARK = ROOT / "recipes" / "spark.py"
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+
+# What a resumed run must repeat to the bit; the rest of a row tells how fast it was.
+EXACT = ("step", "epoch", "loss", "hidden", "lr", "weight_decay", "grad_norm")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Of child processes: one thread, on the CPU, and nothing that a launcher left."""
+    launched = ("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "GROUP_", "ROLE_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
+    return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "ACCELERATE_USE_CPU": "1", **extra}
+
+
+def run(command: Sequence[str | Path], folder: Path, *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; its output as text."""
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def start(command: Sequence[str | Path], folder: Path) -> subprocess.Popen[str]:
+    """Start a program in a session, and so a process group, of its own; stdout and stderr together."""
+    words = [str(word) for word in command]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, cwd=folder, env=environment(), start_new_session=True, **pipes)
+
+
+def wait_for_line(process: subprocess.Popen[str], start: str) -> list[str]:
+    """Read lines until one starts so; all lines read."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(start):
+            return lines
+    raise AssertionError(f"no line {start!r} in: {''.join(lines)}")
+
+
+def wait_until_gone(folder: Path, seconds: float = 60) -> None:
+    """Wait until no process but this one has its working directory in this folder any more."""
+    end = time.monotonic() + seconds
+    while left := [pid for pid in _processes() if _folder_of(pid) == folder]:
+        assert time.monotonic() < end, f"still running after {seconds} s: {left}"
+        time.sleep(0.1)
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Leave nothing of a process group behind, whatever a test did."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def log_of(run_folder: Path) -> list[dict[str, Any]]:
+    """The exact part of metrics.jsonl."""
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name in EXACT} for line in lines]
+
+
+def same_tensors(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether all tensors in two nested dicts are equal to the bit, and there are some."""
+    left, right = dict(_tensors(a)), dict(_tensors(b))
+    return bool(left) and left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def _tensors(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _tensors(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+
+
+def _processes() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) != os.getpid()]
+
+
+def _folder_of(pid: int) -> Path | None:
+    try:
+        # A zombie that waits for its parent has no folder any more.
+        return Path(os.readlink(f"/proc/{pid}/cwd"))
+    except OSError:
+        return None
