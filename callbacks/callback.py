@@ -63,7 +63,7 @@ class Callback:
             "sharded" (FSDP, DTensor parameters), "deepspeed".
     """
 
-    name: str
+    name: str = "Callback"
     order: int = 50
     slot: str | None = None
     binds: Literal["whole", "backbone"] = "whole"

@@ -32,8 +32,6 @@ class Switch:
 class Hook:
     """A callback's hook as torch sees it: does nothing while the switch is off, nor ever in copies."""
 
-    __torch_unserializable__ = True  # pickling a parameter drops its hooks, as we want: no warning
-
     # Without arguments: what copy.deepcopy and pickle make of a Hook.
     def __init__(
         self, function: Callable[..., Any] | None = None, switch: Switch | None = None, owner: str = ""

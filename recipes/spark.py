@@ -15,18 +15,18 @@ from torch import nn
 
 from leaven.backbones import resolve, save
 from leaven.callbacks import attach
-from leaven.pretext import Output, recalibrate_batchnorm
+from leaven.pretext import Output
 from leaven.pretext.spark import SparK, sample_mask
-from leaven.recipes.common.batches import build_backbone, eval_batches, statistics, train_batches, user_errors
+from leaven.recipes.common.batches import Images, build_backbone, user_errors
 from leaven.recipes.common.card import write_card
 from leaven.recipes.common.data import Data, open_data
 from leaven.recipes.common.dry_run import dry_run
 from leaven.recipes.common.flags import flag, run_main
 from leaven.recipes.common.loop import fit
-from leaven.recipes.common.masked import draw_reconstructions, held_out_loss, judge
+from leaven.recipes.common.masked import describe, draw_reconstructions, held_out_loss, judge
 from leaven.recipes.common.optimizer import make_optimizer
 from leaven.recipes.common.plots import loss_curve
-from leaven.recipes.common.probes import probe, table
+from leaven.recipes.common.probes import probe
 from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import LoopSettings, leave_group, read_settings, start, synchronised
 
@@ -35,9 +35,10 @@ from leaven.recipes.common.start import LoopSettings, leave_group, read_settings
 class SparkSettings(LoopSettings):
     """SparK: masked pre-training of a convolutional backbone. Defaults suit small data; see --preset."""
 
-    epochs: int = flag(18, "passes over the training images")
-    opt: str = "lamb"
+    epochs: int = 10
+    opt: str = "adamw"
     lr: float = 1e-3
+    betas: tuple[float, float] | None = (0.9, 0.95)
     clip_grad: float | None = 5.0
     weight_decay: float = 0.04
     weight_decay_end: float | None = 0.2
@@ -87,45 +88,29 @@ def main(argv: list[str] | None = None) -> None:
 def train(settings: SparkSettings, data: Data) -> None:
     """One run: data, SparK, optimizer, loop, and what came out of it."""
     accelerator, run, settings = start(settings, "spark")
-    say, device, size = accelerator.print, accelerator.device, settings.image_size or data.image_size
+    size = settings.image_size or data.image_size
     backbone = build_backbone(settings, size, settings.drop_path)
-    mean, std, normalised = statistics(data, backbone, settings)
+    images = Images.of(data, settings, size, backbone)
+    names = ("mask_ratio", "decoder_width", "densify_norm", "backend", "stages", "mask_cell")
     with user_errors(ValueError):
-        spark = SparK(
-            backbone,
-            settings.mask_ratio,
-            settings.decoder_width,
-            settings.densify_norm,
-            settings.backend,
-            settings.stages,
-            settings.mask_cell,
-        )
-        grid = spark.mask_grid(*size)
-        hidden = 1 - sample_mask(1, grid, settings.mask_ratio).float().mean().item()
-    about = [*data.notes, f"images {size[0]}x{size[1]}, {normalised}"]
-    how = [
-        f"SparK backend: {spark.backend} ({spark.backend_reason})",
-        f"mask: {grid[0]}x{grid[1]} cells of {spark.mask_cell} px, {hidden:.3f} hidden ({settings.mask_ratio} asked)",
-        f"parameters: backbone {count(spark.backbone):.2f} M, with decoder {count(spark):.2f} M",
-    ]
-    say("\n".join(about + how))
+        spark = SparK(backbone, **{name: getattr(settings, name) for name in names}).to(accelerator.device)
+        grid, how = spark.mask_grid(*size), describe(spark, size)
+    about = [*data.notes, str(images)]
+    accelerator.print("\n".join(about + how))
 
-    spark.to(device)
     untrained, before = copy.deepcopy(spark.backbone), 0.0
-    calibration = eval_batches(data.train, size, mean, std, settings, 8 * settings.batch_size)
-    held_out = eval_batches(data.val, size, mean, std, settings, settings.probe_images)
     if accelerator.is_main_process:
-        before = held_out_loss(judge(spark, calibration, settings.seed), held_out, settings.seed)
-        say(f"held-out masked loss before training: {before:.4f}")
+        before = held_out_loss(judge(spark, images), images, settings.probe_images)
+        print(f"held-out masked loss before training: {before:.4f}")
     spark = synchronised(spark, accelerator)
     optimizer = make_optimizer(spark, settings)
-    loader, images = train_batches(data, size, settings.crop_scale, mean, std, settings, accelerator)
+    loader, to_pixels = images.train(settings.crop_scale, accelerator)
     plan = Plan.of(loader.batch_sampler, settings)
 
     def forward(model: nn.Module, batch: Any, generator: torch.Generator) -> Output:
-        x = images(batch[0])
-        mask = sample_mask(len(x), grid, settings.mask_ratio, generator)
-        output: Output = model(x, mask=mask.to(x.device))
+        pixels = to_pixels(batch[0])
+        mask = sample_mask(len(pixels), grid, settings.mask_ratio, generator)
+        output: Output = model(pixels, mask=mask.to(pixels.device))
         return output
 
     with attach(spark, optimizer, total_steps=plan.total) as callbacks:
@@ -133,48 +118,28 @@ def train(settings: SparkSettings, data: Data) -> None:
     if not leave_group(accelerator):
         return
 
-    judged = judge(spark, calibration, settings.seed)
-    after = held_out_loss(judged, held_out, settings.seed)
-    say(f"held-out masked loss: {before:.4f} before training, {after:.4f} after")
-    results = [
-        ("held-out masked loss, untrained", f"{before:.4f}"),
-        ("held-out masked loss, trained", f"{after:.4f}"),
-    ]
+    judged = judge(spark, images)
+    after = held_out_loss(judged, images, settings.probe_images)
+    print(f"held-out masked loss: {before:.4f} before training, {after:.4f} after")
     loss_curve(run.rows(), run.plots / "loss.png", f"SparK, {settings.backbone} on {data.name}")
-    few = torch.cat([batch for batch, _ in eval_batches(data.val, size, mean, std, settings, 8)])
-    draw_reconstructions(judged, few, settings.seed, run.plots / "reconstructions.png", mean=mean, std=std)
-
+    draw_reconstructions(judged, images, run.plots / "reconstructions.png")
     backbones = {"untrained backbone": untrained, "trained backbone": spark.backbone}
-    for who, backbone in backbones.items():
-        if layers := recalibrate_batchnorm(backbone, calibration):
-            how.append(
-                f"{who}: statistics of {layers} BatchNorm layers taken anew from whole training images"
-            )
-            say(how[-1])
-    if data.classes:
-        scores, protocol = probe(backbones, data, size, mean, std, settings, most=settings.probe_images)
-        say("\n".join(protocol + table(scores)))
-        results += [
-            (f"{who}, {what}, top-1", f"{v:.2%}") for who, row in scores.items() for what, v in row.items()
-        ]
-        how += protocol
-    else:
-        say("kNN and linear probe are skipped: the images have no labels")
+    scores, lines = probe(backbones, images, settings.probe_images)
     if data.kind == "digits":
-        about.append("these digits are a smoke test of the recipe and no evidence for the method")
-        say(about[-1])
-    save(
-        spark.backbone, run.backbone, name=settings.backbone, metadata={"method": "SparK", "data": data.name}
-    )
+        lines.append("digits are a smoke test of the recipe and no evidence that the method helps")
+    print("\n".join(lines))
+    notes = {"method": "SparK", "data": data.name, "in_chans": settings.in_chans}
+    with user_errors(OSError):
+        save(spark.backbone, run.backbone, name=settings.backbone, metadata=notes)
+    results = [
+        ("held-out masked loss, before training", f"{before:.4f}"),
+        ("and after", f"{after:.4f}"),
+        *scores,
+    ]
     paper = "Tian et al., Designing BERT for Convolutional Networks, ICLR 2023"
-    write_card(run, resolve(settings.backbone), "SparK", paper, data=about, how=how, results=results)
-    say(f"run folder: {run.path} (weights, model card, log, plots/reconstructions.png)")
+    write_card(run, resolve(settings.backbone), "SparK", paper, data=about, how=how + lines, results=results)
+    print(f"run folder: {run.path} (weights, model card, log, plots/reconstructions.png)")
     accelerator.end_training()
-
-
-def count(module: nn.Module) -> float:
-    """Parameters in millions."""
-    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The `leaven` command, called as a user would and through `main`."""
 
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -113,6 +114,10 @@ def test_failure_runs_a_program_and_gives_its_last_line() -> None:
     assert doctor.failure("import no_such_thing") == "ModuleNotFoundError: No module named 'no_such_thing'"
     assert doctor.failure("import os; os.kill(os.getpid(), 11)") == "died with code -11"
     assert doctor.failure("raise SystemExit(3)") == "died with code 3"
+    chatty = (
+        "import os, sys; print('a harmless warning', file=sys.stderr, flush=True); os.kill(os.getpid(), 11)"
+    )
+    assert doctor.failure(chatty) == "died with code -11"
 
 
 def test_doctor_reports_all_sections_when_all_is_well(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -170,6 +175,11 @@ def test_doctor_sees_a_torchvision_for_another_torch(monkeypatch: pytest.MonkeyP
     assert line.startswith("torchvision 0.20.1 needs torch==2.5.1, but torch 2.15.0+cpu is installed")
     version["torch"] = "2.5.1+cu121"
     assert doctor.torchvision_mismatch() is None
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch (>=2.5)"])
+    version["torch"] = "2.6.0.dev20241101"  # a nightly is newer
+    assert doctor.torchvision_mismatch() is None
+    version["torch"] = "2.4.0"
+    assert doctor.torchvision_mismatch() is not None
     del version["torchvision"]
     assert doctor.torchvision_mismatch() is None
 
@@ -185,6 +195,11 @@ def test_doctor_reads_requirements_with_and_without_an_installation(monkeypatch:
         assert {"torch", "torchvision", "timm", "PyYAML", "scikit-learn"} <= set(core)
         assert extras["spconv"] == ["spconv"]
         assert "pytest" in extras["test"]
+
+
+def test_doctor_knows_how_each_core_package_is_imported() -> None:
+    core, _ = doctor.requirements()
+    assert [name for name in core if importlib.util.find_spec(doctor.MODULES.get(name, name)) is None] == []
 
 
 def test_doctor_tries_for_real(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -180,11 +180,31 @@ def test_the_core_of_callbacks_imports_torch_alone() -> None:
                 assert top == "torch" or top in sys.stdlib_module_names, f"{module} imports {name}"
 
 
+def test_every_library_that_is_imported_is_declared() -> None:
+    """Also those that would come along with another one today."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    declared = {re.split(r"[^A-Za-z0-9._-]", line)[0].lower() for line in lines}
+    providers = importlib.metadata.packages_distributions()
+    for file in [file for room in (*ROOMS, "src/leaven") for file in sources(room)]:
+        for module in {name.partition(".")[0] for name in imported(file)} - sys.stdlib_module_names:
+            # doctor asks before it uses `packaging`
+            if module not in ("leaven", "packaging"):
+                names = {name.lower() for name in providers.get(module, [module])}
+                assert names & declared, f"{file} imports {module}, which pyproject.toml does not declare"
+
+
 @pytest.mark.parametrize("package", ["leaven", *(f"leaven.{room}" for room in ROOMS)])
 def test_importing_a_room_is_cheap(package: str) -> None:
     """In a fresh process: nothing heavy is loaded, and no room under its bare name."""
     program = f"import sys, {package}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}  # this tree, whatever is installed
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert "leaven" in loaded

@@ -62,10 +62,11 @@ class Masked(nn.Module):
         function, (_, *arguments), *state = reduced
         return (function, (self._plain, *arguments), *state)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Masked":
-        twin = self.__class__.__new__(self.__class__)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin: Any = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        module: Any = self
+        twin.__setstate__(copy.deepcopy(module.__getstate__(), memo))
         return twin
 
 

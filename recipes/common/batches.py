@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,59 +66,73 @@ def build_backbone(settings: CommonSettings, size: Size, drop_path: float | None
     return backbone
 
 
-def statistics(
-    data: Data, backbone: nn.Module, settings: CommonSettings
-) -> tuple[Sequence[float], Sequence[float], str]:
-    """Mean and standard deviation to normalise with, and a line that says whose they are."""
-    from leaven.backbones import data_config
+@dataclass(frozen=True)
+class Images:
+    """How the images of a run become tensors: what every loader of a recipe has in common.
 
-    mean, std, whose = data.mean, data.std, f"of {data.name}"
-    if settings.init == "pretrained":
-        config = data_config(backbone)
-        mean, std, whose = config["mean"], config["std"], "that the pretrained weights expect"
-    numbers = [", ".join(f"{value:.3f}" for value in values) for values in (mean, std)]
-    return mean, std, f"normalised with mean ({numbers[0]}) and std ({numbers[1]}) {whose}"
-
-
-def train_batches(
-    data: Data,
-    size: Size,
-    scale: tuple[float, float],
-    mean: Sequence[float],
-    std: Sequence[float],
-    settings: CommonSettings,
-    accelerator: Accelerator,
-) -> tuple[KeyedLoader, Callable[[Any], Tensor]]:
-    """Random resized crops (bicubic) and flips: a loader, and what makes images (B, C, H, W) of a batch's first part.
-
-    With ``--augment-on device`` the loader hands out whole images and boxes, and the second function crops.
+    Attributes:
+        data: where they come from.
+        settings: batch size, workers, seed, where to augment.
+        size: (H, W) that the network sees.
+        mean, std: to normalise with, per channel, of images in [0, 1].
     """
-    sampler = KeyedBatchSampler(
-        len(data.train),
-        settings.batch_size,
-        settings.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    augment = None
-    if settings.augment_on == "device":
-        # Whole images are stacked: a fifth more than the output keeps the pixels of most crops.
-        stored = (size[0] * 6 // 5, size[1] * 6 // 5)
-        augment = DeviceAugment(size, scale, 0.5, mean, std, stored=stored)
-    transform = augment.draw if augment else train_transform(size, scale, 0.5, mean, std)
-    loader = make_loader(
-        KeyedDataset(data.train, transform),
-        sampler,
-        settings.workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
 
-    def images(part: Any) -> Tensor:
-        pixels: Tensor = augment(*part) if augment else part
-        return pixels.contiguous(memory_format=layout)
+    data: Data
+    settings: CommonSettings
+    size: Size
+    mean: Sequence[float]
+    std: Sequence[float]
 
-    return loader, images
+    @classmethod
+    def of(cls, data: Data, settings: CommonSettings, size: Size, backbone: nn.Module) -> "Images":
+        """Normalised as pretrained weights expect it, or else by the data's own statistics."""
+        from leaven.backbones import data_config
+
+        known = {"mean": data.mean, "std": data.std}
+        if settings.init == "pretrained":
+            known = data_config(backbone)
+        return cls(data, settings, size, known["mean"], known["std"])
+
+    def __str__(self) -> str:
+        numbers = [", ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std)]
+        return f"images {self.size[0]}x{self.size[1]}, normalised with mean {numbers[0]} and std {numbers[1]}"
+
+    def train(
+        self, scale: tuple[float, float], accelerator: Accelerator
+    ) -> tuple[KeyedLoader, Callable[[Any], Tensor]]:
+        """Random resized crops (bicubic) and flips for this process.
+
+        Returns:
+            The loader, and what makes images (B, C, H, W) of the first part of its batches: with
+            ``--augment-on device`` that part is whole images and boxes, and cropping is yet to be done.
+        """
+        settings, rank, processes = self.settings, accelerator.process_index, accelerator.num_processes
+        sampler = KeyedBatchSampler(len(self.data.train), settings.batch_size, settings.seed, rank, processes)
+        augment = None
+        if settings.augment_on == "device":
+            # Whole images are stacked: a fifth more than the output keeps the pixels of most crops.
+            stored = (self.size[0] * 6 // 5, self.size[1] * 6 // 5)
+            augment = DeviceAugment(self.size, scale, 0.5, self.mean, self.std, stored=stored)
+        transform = augment.draw if augment else train_transform(self.size, scale, 0.5, self.mean, self.std)
+        dataset = KeyedDataset(self.data.train, transform)
+        pin = accelerator.device.type == "cuda"
+        loader = make_loader(dataset, sampler, settings.workers, pin_memory=pin)
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+
+        def images(part: Any) -> Tensor:
+            pixels: Tensor = augment(*part) if augment else part
+            return pixels.contiguous(memory_format=layout)
+
+        return loader, images
+
+    def whole(self, source: Source, most: int, size: Size | None = None) -> KeyedLoader:
+        """Whole images, resized to cover the size and centre-cropped, in order; at most ``most``, evenly spread."""
+        part = Part(source, most)
+        transform = eval_transform(size or self.size, 1.0, self.mean, self.std)
+        sampler = KeyedBatchSampler(
+            len(part), self.settings.batch_size, self.settings.seed, shuffle=False, drop_last=False
+        )
+        return make_loader(KeyedDataset(part, transform), sampler, self.settings.workers)
 
 
 class Part:
@@ -134,18 +149,3 @@ class Part:
 
     def label(self, index: int) -> int | None:
         return self.source.label(index * len(self.source) // self.n)
-
-
-def eval_batches(
-    source: Source,
-    size: Size,
-    mean: Sequence[float],
-    std: Sequence[float],
-    settings: CommonSettings,
-    most: int,
-) -> KeyedLoader:
-    """Whole images, resized and centre-cropped to ``size``, in their order; at most ``most`` of them."""
-    part = Part(source, most)
-    transform = eval_transform(size, 1.0, mean, std)
-    sampler = KeyedBatchSampler(len(part), settings.batch_size, settings.seed, shuffle=False, drop_last=False)
-    return make_loader(KeyedDataset(part, transform), sampler, settings.workers)

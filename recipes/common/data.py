@@ -26,8 +26,8 @@ from leaven.recipes.common.sources import (
 )
 from leaven.recipes.common.torchvision_sets import open_torchvision
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -100,22 +100,25 @@ def _open_folder(root: str, seed: int, in_chans: int, max_bad_images: int) -> Da
         FileSource(root, part.paths, part.labels, in_chans, max_bad_images)
         for part in (found.train, found.val)
     )
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if in_chans == 1:
-        mean, std = (sum(mean) / 3,), (sum(std) / 3,)  # type: ignore[assignment]
+    mean, std = (values if in_chans == 3 else (sum(values) / 3,) for values in (IMAGENET_MEAN, IMAGENET_STD))
     name = show_path(os.path.basename(os.path.abspath(root)))
     return Data(name, "folder", train, val, found.classes, mean, std, suggested_size(train), found.notes)
 
 
-def _spread(source: Source, n: int) -> list[Tensor]:
+def _spread(source: Source, n: int) -> Iterator[Tensor]:
     """About `n` images, evenly spread over the source."""
-    return [source.image(i) for i in range(0, len(source), max(1, len(source) // n))]
+    return (source.image(i) for i in range(0, len(source), max(1, len(source) // n)))
 
 
-def channel_statistics(source: Source, n: int = 2000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(source: Source, n: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, of images in [0, 1], over all pixels of about `n` images."""
-    pixels = torch.cat([image.flatten(1) for image in _spread(source, n)], dim=1).double() / 255
-    return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).tolist())
+    # Sums of 1, x and x^2, image by image: sizes may differ, and all at once may not fit.
+    sums = torch.zeros(3, 1, dtype=torch.float64)
+    for image in _spread(source, n):
+        x = image.flatten(1).double() / 255
+        sums = sums + torch.stack([torch.ones_like(x), x, x.square()]).sum(2)
+    mean, square = sums[1] / sums[0], sums[2] / sums[0]
+    return tuple(mean.tolist()), tuple((square - mean.square()).sqrt().tolist())
 
 
 def suggested_size(source: Source) -> tuple[int, int]:
@@ -157,8 +160,7 @@ class KeyedLoader(DataLoader[tuple[Any, int]]):
             except StopIteration:
                 break
             except TooManyBadImages:
-                # From a worker it comes with that worker's traceback for a message: say it again, in one
-                # line.
+                # A worker's error has its traceback for a message: say it again, in one line.
                 if source is None:
                     raise
                 raise source.too_many() from None

@@ -1,7 +1,6 @@
-"""Judging SparK: its loss on held-out images under fixed masks, and its reconstructions."""
+"""Saying what SparK does and judging it: its loss on held-out images under fixed masks, and its reconstructions."""
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,32 +9,45 @@ from torch import Tensor
 from leaven.pretext import recalibrate_batchnorm
 from leaven.pretext.spark import SparK, sample_mask
 from leaven.pretext.spark.loss import reconstruction
-from leaven.recipes.common.data import KeyedLoader
+from leaven.recipes.common.batches import Images
 from leaven.recipes.common.loop import keyed_generator
 from leaven.recipes.common.plots import image_table
 
 
-def judge(spark: SparK, calibration: KeyedLoader, seed: int) -> SparK:
+def describe(spark: SparK, size: tuple[int, int]) -> list[str]:
+    """What runs, in words: backend and why, grid and realised mask ratio, parameters."""
+    fh, fw = spark.mask_grid(*size)
+    hidden = 1 - sample_mask(1, (fh, fw), spark.mask_ratio).float().mean().item()
+    millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (spark.backbone, spark)]
+    return [
+        f"SparK backend: {spark.backend} ({spark.backend_reason})",
+        f"mask: {fh}x{fw} cells of {spark.mask_cell} px, {hidden:.3f} hidden ({spark.mask_ratio} asked)",
+        f"parameters: backbone {millions[0]:.2f} M, with decoder {millions[1]:.2f} M",
+    ]
+
+
+def judge(spark: SparK, images: Images) -> SparK:
     """A copy in eval mode whose BatchNorm statistics are taken anew, from masked training images.
 
     Those of an untrained network mean nothing, and after a short training they lag behind the weights.
     """
-    model = copy.deepcopy(spark).eval()
+    model, settings = copy.deepcopy(spark).eval(), images.settings
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of the masks that the calibration draws
-        recalibrate_batchnorm(model, calibration)
+        torch.manual_seed(settings.seed)  # of the masks that the calibration draws
+        recalibrate_batchnorm(model, images.whole(images.data.train, 8 * settings.batch_size))
     return model
 
 
-def held_out_loss(model: SparK, held_out: KeyedLoader, seed: int) -> float:
-    """Mean masked loss over the images, each under the same mask whenever and on whatever this is called."""
+def held_out_loss(model: SparK, images: Images, most: int) -> float:
+    """Mean masked loss over held-out images, at most ``most``, each under the same mask in every call."""
     device = next(model.parameters()).device
-    total, images = 0.0, 0
+    total, count = 0.0, 0
     with torch.no_grad():
-        for number, (batch, _) in enumerate(held_out):
-            loss = model(batch.to(device), mask=fixed_mask(model, batch, seed, number).to(device)).loss
-            total, images = total + float(loss) * len(batch), images + len(batch)
-    return total / images
+        for number, (batch, _) in enumerate(images.whole(images.data.val, most)):
+            mask = fixed_mask(model, batch, images.settings.seed, number)
+            total += float(model(batch.to(device), mask=mask.to(device)).loss) * len(batch)
+            count += len(batch)
+    return total / count
 
 
 def fixed_mask(model: SparK, images: Tensor, seed: int, number: int) -> Tensor:
@@ -45,28 +57,26 @@ def fixed_mask(model: SparK, images: Tensor, seed: int, number: int) -> Tensor:
     return sample_mask(len(images), model.mask_grid(height, width), model.mask_ratio, generator)
 
 
-def draw_reconstructions(
-    model: SparK, images: Tensor, seed: int, path: Path, *, mean: Sequence[float], std: Sequence[float]
-) -> None:
-    """A picture: original, what the encoder sees, the prediction everywhere, and pasted where pixels were hidden."""
+def draw_reconstructions(model: SparK, images: Images, path: Path) -> None:
+    """Eight held-out images: original, what the encoder sees, the prediction, and both pasted together."""
     device = next(model.parameters()).device
-    images, mask = images.to(device), fixed_mask(model, images, seed, 0).to(device)
+    pixels = torch.cat([batch for batch, _ in images.whole(images.data.val, 8)]).to(device)
+    mask = fixed_mask(model, pixels, images.settings.seed, 0).to(device)
     predictions: list[Tensor] = []
     hook = model.decoder.register_forward_hook(lambda module, args, output: predictions.append(output))
     try:
-        pasted = model.reconstruct(images, mask)
+        pasted = model.reconstruct(pixels, mask)
     finally:
         hook.remove()
-    nothing = torch.zeros_like(mask)
     seen = mask.repeat_interleave(model.mask_cell, 1).repeat_interleave(model.mask_cell, 2).unsqueeze(1)
     columns = {
-        "original": images,
-        "seen": torch.where(seen, images, torch.zeros_like(images)),
-        "predicted": reconstruction(predictions[0], images, nothing),
+        "original": pixels,
+        "seen": torch.where(seen, pixels, torch.zeros_like(pixels)),
+        "predicted": reconstruction(predictions[0], pixels, torch.zeros_like(mask)),
         "predicted where hidden": pasted,
     }
     caption = (
         "Each predicted patch has the mean and contrast of the true one, as in the paper's figures: "
         "the loss does not ask for them.\nVisible patches carry no loss; what is predicted there means nothing."
     )
-    image_table(columns, path, mean=mean, std=std, caption=caption)
+    image_table(columns, path, mean=images.mean, std=images.std, caption=caption)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leaven.recipes.common.run_folder import writing
+
 
 def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Loss by update, and its running mean over a fiftieth of the run.
@@ -64,5 +66,6 @@ def image_table(
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)

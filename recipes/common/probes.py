@@ -1,70 +1,79 @@
 """What the features are worth: kNN and linear probe of raw pixels, the untrained and the trained backbone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leaven.pretext import extract_features, knn, knn_protocol, linear_probe, linear_protocol
-from leaven.recipes.common.batches import Size, eval_batches
-from leaven.recipes.common.data import Data, KeyedLoader
-from leaven.recipes.common.flags import CommonSettings
+from leaven.pretext import (
+    extract_features,
+    knn,
+    knn_protocol,
+    linear_probe,
+    linear_protocol,
+    recalibrate_batchnorm,
+)
+from leaven.recipes.common.batches import Images
+from leaven.recipes.common.data import KeyedLoader
 
 # Raw pixels are compared at the stored size, up to this side: a linear probe on 150,528 numbers tells no more.
 _PIXELS = 32
 
 
 def probe(
-    backbones: dict[str, nn.Module],
-    data: Data,
-    size: Size,
-    mean: Sequence[float],
-    std: Sequence[float],
-    settings: CommonSettings,
-    *,
-    most: int,
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Top-1 of kNN and linear probe for raw pixels, then each backbone in turn.
+    backbones: Mapping[str, nn.Module], images: Images, most: int
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Top-1 of kNN and linear probe on raw pixels, then on each backbone in turn.
+
+    The BatchNorm statistics of every backbone are taken anew from whole training images first, and stay so: after
+    masked training they describe visible patches, before any training nothing at all.
 
     Args:
         backbones: what to probe, by the name to print.
-        data: with labels.
-        size: of the images.
-        mean, std: to normalise with.
-        settings: batch size, workers and seed.
+        images: with labels, or without: then nothing is probed.
         most: images at most of each of the two parts.
 
     Returns:
-        ``{"raw pixels": {"knn": .., "linear": ..}, ...}`` in that order, and lines to print: the protocols.
+        Results as (what, percent), and lines to print: protocol, then a table.
     """
-    loaders = [eval_batches(part, size, mean, std, settings, most) for part in (data.train, data.val)]
+    data, settings = images.data, images.settings
+    lines = []
+    for name, backbone in backbones.items():
+        if layers := recalibrate_batchnorm(backbone, images.whole(data.train, 8 * settings.batch_size)):
+            lines.append(
+                f"{name}: statistics of {layers} BatchNorm layers taken anew from whole training images"
+            )
+    if not data.classes:
+        return [], [*lines, "no labels: kNN and linear probe are skipped"]
     stored = data.train.image(0).shape[-2:]
     raw = (min(int(stored[0]), _PIXELS), min(int(stored[1]), _PIXELS))
-    small = [eval_batches(part, raw, mean, std, settings, most) for part in (data.train, data.val)]
-    pairs = [_features(nn.Flatten(), loader) for loader in small]
-    results = {"raw pixels": _scores(pairs, settings.seed)}
-    k = min(20, len(pairs[0][0]))
-    crop = f"whole image resized to cover {size[0]}x{size[1]}, centre crop"
+    loaders = [images.whole(part, most) for part in (data.train, data.val)]
+    pairs = [_features(nn.Flatten(), images.whole(part, most, raw)) for part in (data.train, data.val)]
+    scores = {f"raw pixels {raw[0]}x{raw[1]}": _scores(pairs, settings.seed)}
+    for name, backbone in backbones.items():
+        scores[name] = _scores([_features(backbone, loader) for loader in loaders], settings.seed)
+    crop = f"whole image resized to cover {images.size[0]}x{images.size[1]}, centre crop"
     split = f"{len(pairs[0][0])} training to {len(pairs[1][0])} held-out images"
-    lines = [
+    k = min(20, len(pairs[0][0]))
+    lines += [
         knn_protocol(k, split=split, crop=crop),
         linear_protocol(split=split, crop=crop),
-        f"raw pixels: {raw[0]}x{raw[1]}",
+        *_table(scores),
     ]
-    for name, backbone in backbones.items():
-        results[name] = _scores([_features(backbone, loader) for loader in loaders], settings.seed)
-    return results, lines
+    return [
+        (f"{who}, {what} top-1", f"{v:.2%}") for who, row in scores.items() for what, v in row.items()
+    ], lines
 
 
-def table(results: dict[str, dict[str, float]]) -> list[str]:
+def _table(results: dict[str, dict[str, float]]) -> list[str]:
     """The results as lines, one per row, in percent."""
     width = max(len(name) for name in results)
     rows = [
-        f"{name:<{width}}  {100 * row['knn']:6.2f}  {100 * row['linear']:6.2f}"
+        f"{name:<{width}}  {100 * row['kNN']:6.2f}  {100 * row['linear probe']:12.2f}"
         for name, row in results.items()
     ]
-    return [f"{'top-1 %':<{width}}  {'kNN':>6}  {'linear':>6}", *rows]
+    return [f"{'top-1 %':<{width}}  {'kNN':>6}  {'linear probe':>12}", *rows]
 
 
 def _features(backbone: nn.Module, loader: KeyedLoader) -> tuple[Tensor, Tensor]:
@@ -82,6 +91,6 @@ def _features(backbone: nn.Module, loader: KeyedLoader) -> tuple[Tensor, Tensor]
 def _scores(pairs: list[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
     (train_x, train_y), (val_x, val_y) = pairs
     return {
-        "knn": knn(train_x, train_y, val_x, val_y, k=min(20, len(train_x))),
-        "linear": linear_probe(train_x, train_y, val_x, val_y, seed=seed),
+        "kNN": knn(train_x, train_y, val_x, val_y, k=min(20, len(train_x))),
+        "linear probe": linear_probe(train_x, train_y, val_x, val_y, seed=seed),
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 import leaven
 
 # Distribution -> the module it is imported as, where the two differ.
-MODULES = {"scikit-learn": "sklearn", "PyYAML": "yaml"}
+MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "PyYAML": "yaml"}
 SPARK_BACKENDS = ("packed", "dense")
 _SPARK_STEP = """
 import torch

@@ -283,6 +283,76 @@ def test_forward_features_is_the_way_in_where_there_is_one() -> None:
     assert torch.equal(features(model, x, found)[1], model.two(model.one(x)))
 
 
+class Lines(nn.Module):
+    """Two strided convolutions and what `forward` makes of them."""
+
+    def __init__(self, forward, width: int = 4) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, width, 2, 2), nn.Conv2d(width, 2 * width, 2, 2)
+        self.act = nn.ReLU()
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def test_a_map_that_the_pass_itself_overwrites() -> None:
+    model = Lines(lambda net, x: net.two(net.one(x).sub_(5))).eval()
+    found = stages(model)
+    assert [stage.overwritten for stage in found] == [True, False]
+    x = torch.randn(1, 3, 8, 8)
+    one, two = features(model, x, found)
+    assert torch.equal(one, model.one(x))
+    assert torch.equal(two, model(x))
+    (one.sum() + two.sum()).backward()
+    assert model.one.weight.grad is not None
+
+
+def test_a_container_that_strides_after_its_parts_is_a_map_too() -> None:
+    body = Lines(lambda net, x: F.avg_pool2d(net.two(net.one(x)), 2))
+    model = nn.Sequential(body, nn.AdaptiveAvgPool2d(1))
+    assert table(stages(model)) == [("0.one", 4, 2), ("0.two", 8, 4), ("0", 8, 8)]
+
+
+def test_maps_in_a_tuple_are_found_inside_the_module_that_returns_it() -> None:
+    body = Lines(lambda net, x: (net.two(net.act(net.one(x))), "aux"))
+    model = Lines(lambda net, x: net.body(x)[0].mean((2, 3)))
+    model.body = body
+    assert table(stages(model)) == [("body.act", 4, 2), ("body.two", 8, 4)]
+
+
+def test_a_trunk_that_takes_something_else_than_the_image_is_not_called_on_it() -> None:
+    model = Lines(lambda net, x: net.body(2 * x - 1)).eval()
+    model.body = Lines(lambda net, x: net.two(net.one(x)))
+    x = torch.randn(1, 3, 8, 8)
+    one, two = features(model, x, stages(model))
+    assert torch.equal(one, model.body.one(2 * x - 1))
+    assert torch.equal(two, model(x))
+
+
+def test_calls_before_the_trunk_are_counted() -> None:
+    body = Lines(lambda net, x: net.act(net.two(net.act(net.one(x)))))
+    model = Lines(lambda net, x: (net.body.act(x[:, :1]), net.body(x))[1]).eval()
+    model.body = body
+    found = stages(model)
+    assert table(found) == [("body.act", 1, 1), ("body.act", 4, 2), ("body.act", 8, 4)]
+    x = torch.randn(1, 3, 8, 8)
+    assert [m.shape[1] for m in features(model, x, found)] == [1, 4, 8]
+
+
+def test_the_layout_is_known_even_where_channels_look_like_a_side() -> None:
+    model = Lines(lambda net, x: net.act(net.one(F.avg_pool2d(x, 2)).permute(0, 2, 3, 1)), width=56).eval()
+    (found,) = [stage for stage in stages(model) if stage.name == "act"]
+    assert (found.channels, found.reduction, found.channels_last) == (56, 4, True)
+
+
+def test_it_is_the_eval_mode_that_is_looked_at() -> None:
+    model = Lines(lambda net, x: net.norm(net.two(net.one(x)).mean((2, 3))))
+    model.norm = nn.BatchNorm1d(8)  # refuses a batch of one in train mode
+    assert len(stages(model.train())) == 2
+    assert model.norm.training
+
+
 @pytest.mark.parametrize("side", [1, 2, 4, 8, 16, 32])
 def test_reduction_of_padded_maps(side: int) -> None:
     for height, width in itertools.product(range(192, 320, 8), repeat=2):

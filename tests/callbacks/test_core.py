@@ -252,6 +252,8 @@ def test_updates_counts_accumulation_per_epoch() -> None:
     assert updates(range(5), epochs=2, accumulation=2) == 6  # 2 + 2 + 1 micro-batches, twice
     assert updates(loader(21, batch_size=4), epochs=1) == 6
     assert updates(loader(21, batch_size=4, drop_last=True), epochs=1) == 5
+    sampler = torch.utils.data.BatchSampler(range(20), batch_size=4, drop_last=True)
+    assert updates(loader(20, batch_sampler=sampler), epochs=1, world_size=2) == 2  # 5 batches, dropped to 4
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -337,6 +339,8 @@ def test_two_callbacks_of_one_name_raise_and_a_name_resolves_it() -> None:
     ):
         attach(model, optimizer, Recorder(), twin, total_steps=9)
     twin.name = "Recorder_2"
+    assert ScaleInput().name == "ScaleInput"
+    assert type("Named", (Callback,), {"name": "own"})().name == "own"
     attached = attach(model, optimizer, Recorder(), twin, total_steps=9)
     assert set(attached.state_dict()["callbacks"]) == {"Recorder", "Recorder_2"}
 
@@ -449,11 +453,24 @@ def test_removing_inside_a_pause_is_final() -> None:
     images, _ = batch(0)
     plain = model(images)
     attached = attach(model, optimizer, InvertInput(), total_steps=9)
-    hook = next(iter(model._forward_pre_hooks.values()))  # compiled code may keep it
     with attached.paused():
         attached.remove()
-    assert hook(model, (images,), {}) is None
     assert torch.equal(model(images), plain)
+
+
+@pytest.mark.parametrize("pause", [False, True])
+def test_a_removed_hook_does_nothing_even_if_something_still_holds_it(pause: bool) -> None:
+    model, optimizer = pair()
+    attached = attach(model, optimizer, InvertInput(), total_steps=9)
+    (hook,) = model._forward_pre_hooks.values()  # as code that torch.compile made of it does
+    arguments = (batch(0)[0],), {}
+    assert hook(model, *arguments) is not None
+    if pause:
+        with attached.paused():
+            attached.remove()
+    else:
+        attached.remove()
+    assert hook(model, *arguments) is None
 
 
 def test_updates_see_the_model_without_hooks() -> None:
@@ -564,6 +581,27 @@ def test_a_frozen_parameter_is_reported_by_name() -> None:
     train_step(model, optimizer, 0)
     train_step(model, optimizer, 1)
     with pytest.warns(NoEffectWarning, match=r"^CentreGradient has no effect.*centre never fired"):
+        train_step(model, optimizer, 2)
+
+
+def test_only_the_silent_hook_of_several_is_named() -> None:
+    class Both(ScaleStem):
+        def setup(
+            self, model: nn.Module, optimizers: tuple[Optimizer, ...], progress: Progress
+        ) -> Iterable[Handle]:
+            yield from super().setup(model, optimizers, progress)
+            self.unused = nn.Linear(1, 1)
+            yield self.unused.weight.register_hook(self.silent)
+
+        def silent(self, gradient: Tensor) -> None: ...
+
+    model, optimizer = pair()
+    attach(model, optimizer, Both(), total_steps=9)
+    train_step(model, optimizer, 0)
+    train_step(model, optimizer, 1)
+    with pytest.warns(
+        NoEffectWarning, match=r"^Both has no effect: 3 updates passed and its hook silent never"
+    ):
         train_step(model, optimizer, 2)
 
 

@@ -235,6 +235,10 @@ def test_what_does_not_fit_is_said_in_one_line() -> None:
         attached.load_state_dict(state)
 
 
+def test_it_observes_last() -> None:
+    assert EMA.order > 80
+
+
 def test_the_weights_outlive_removal() -> None:
     model, optimizer = pair()
     ema = EMA(decay=0.5)

@@ -125,6 +125,10 @@ def test_history_survives_resume() -> None:
     assert again.logs() == probe.logs()
 
 
+def test_it_observes_last() -> None:
+    assert KNNProbe.order > 80
+
+
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
         KNNProbe(TRAIN, TEST, every=0)

@@ -185,6 +185,17 @@ def test_code_compiled_for_another_model_of_the_class_counts_too() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_code_compiled_for_another_model_of_torchs_own_layers_is_no_matter() -> None:
+    compiled(nn.Sequential(nn.Conv2d(3, 2, 1)), "wrapped")(batch(0)[0])
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    model = compiled(net, "wrapped")
+    attach(model, SGD(net.parameters(), lr=0.1), InvertInput(), total_steps=9)
+    images, _ = batch(0)
+    expected = F.relu(net[0](-images))
+    assert torch.equal(model(images), expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_callback_may_declare_that_it_supports_compiled_models() -> None:
     net, optimizer = pair()
     model = compiled(net, "wrapped")

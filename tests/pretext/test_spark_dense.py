@@ -1,8 +1,10 @@
-"""The dense masked encoder beyond exactness on the table (test_spark_exact.py): its mask, its conversion, its refusals."""
+"""The dense masked encoder: its mask, its conversion, its refusals. Exactness on real nets: test_spark_exact.py."""
 
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +20,7 @@ from leaven.backbones import Stage, create, features, stages
 from leaven.pretext.spark import SparseUnsupported
 from leaven.pretext.spark.dense import convert, dense_encode, restore
 from leaven.pretext.spark.dense_norms import masked_batch_norm, masked_group_norm
+from tests.pretext.spark_oracle import hidden_values
 
 CELL = 32
 
@@ -268,6 +271,7 @@ def test_hidden_pixels_change_nothing(name: str) -> None:
         assert x.grad is not None
         assert not x.grad[hidden.expand_as(x)].any()
         passes.append({**found, "images": x.grad})
+        assert hidden_values(dense_encode(model, x, mask, maps), mask) == 0
     for other in passes[1:]:
         assert_equal(other, passes[0])
 
@@ -377,6 +381,45 @@ def test_batch_norm_of_visible_positions(momentum: float | None) -> None:
             torch.testing.assert_close(ours.state_dict()[key], value)
 
 
+SYNC_RANK = """
+import sys, torch
+from torch import nn
+from leaven.pretext.spark.dense_norms import masked_batch_norm
+
+torch.set_num_threads(1)
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+x, visible = (t[2 * rank : 2 * rank + 2] for t in torch.load(f"{folder}/batch.pt"))
+x.requires_grad_()
+norm = nn.SyncBatchNorm(5).double().train()
+y = masked_batch_norm(norm, x, visible)
+(y * visible).pow(3).sum().backward()
+torch.save((y.detach(), x.grad, norm.weight.grad, norm.state_dict()), f"{folder}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_sync_batch_norm_is_one_norm_over_all_processes(tmp_path: Any) -> None:
+    """T10: two gloo processes with unequal counts equal one process with both halves, gradients included."""
+    torch.manual_seed(0)
+    x, visible = torch.randn(4, 5, 4, 6, dtype=torch.float64), torch.rand(4, 1, 4, 6) > 0.6
+    torch.save((x, visible), tmp_path / "batch.pt")
+    norm, whole = nn.BatchNorm2d(5).double(), x.clone().requires_grad_()
+    y = masked_batch_norm(norm, whole, visible)
+    (y * visible).pow(3).sum().backward()
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", SYNC_RANK, str(rank), str(tmp_path)]) for rank in range(2)
+    ]
+    assert [process.wait() for process in ranks] == [0, 0]
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(torch.cat([half[0] for half in halves]), y.detach())
+    torch.testing.assert_close(torch.cat([half[1] for half in halves]), whole.grad)
+    torch.testing.assert_close(halves[0][2] + halves[1][2], norm.weight.grad)
+    for half in halves:
+        for key, value in norm.state_dict().items():
+            torch.testing.assert_close(half[3][key], value)
+
+
 def test_group_norm_of_visible_positions() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 6, 4, 6, dtype=torch.float64)
@@ -448,6 +491,7 @@ ACCEPTED = {
     "bias in front of a convolution": lambda: lambda x: x + 1.0,
     "pool inside the cell": lambda: lambda x: F.interpolate(F.avg_pool2d(x, 2), scale_factor=2.0),
     "maximum over channels": lambda: lambda x: x.amax(1, keepdim=True) * x,
+    "maximum of negative values": lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.MaxPool2d(3, 1, 1)),
     "nearest upsampling": lambda: nn.Sequential(nn.MaxPool2d(2), nn.Upsample(scale_factor=2.0)),
 }
 REFUSED = {

@@ -10,7 +10,7 @@ from torch import nn
 
 from leaven.backbones import Stage, create, features, stages
 from leaven.pretext.spark import SparK, SparseUnsupported
-from tests.pretext.spark_networks import DEFAULT, EXACT, REFUSED, ROUNDING
+from tests.pretext.spark_networks import DEFAULT, DENSE_ONLY, EXACT, REFUSED, ROUNDING
 from tests.pretext.spark_oracle import (
     GRID,
     Crops,
@@ -27,76 +27,90 @@ from tests.pretext.spark_oracle import (
     without_drops,
 )
 
-CELL = 64
+# The default suite runs cells of 32 px (one position at reduction 32), the slow one all networks at 64.
+BACKENDS = ("dense", "packed")
 NAN = float("nan")
 
 
-def slow_unless_default(name: str, *values: Any, slow: bool = False) -> Any:
-    marks = [pytest.mark.slow] if slow or name not in DEFAULT else []
-    return pytest.param(name, *values, marks=marks, id="-".join(map(str, (name, *values))))
+def case(name: str, *values: Any, slow: bool) -> Any:
+    return pytest.param(name, *values, marks=[pytest.mark.slow] if slow else [])
 
 
-BOTH = [slow_unless_default(name, backend) for name in EXACT for backend in ("dense", "packed")]
+# Visible columns, training. The first two on every network, all of them on DEFAULT.
+SETTINGS = ((1, True), (2, False), (1, False), (2, True))
+CROPS = [case(n, 32, *how, b, slow=False) for n in DEFAULT for how in SETTINGS[:2] for b in BACKENDS]
+CROPS += [
+    case(n, 64, *how, b, slow=True)
+    for n in EXACT
+    for how in SETTINGS[: 4 if n in DEFAULT else 2]
+    for b in BACKENDS
+]
+CROPS += [
+    case(n, 64, *how, "dense", slow=True) for n in (*DENSE_ONLY, "resnetv2_50d_frn") for how in SETTINGS
+]
+CROPS += [case("resnetv2_50d_frn", 64, *how, "packed", slow=True) for how in SETTINGS]
+STEPS = [case(n, 32, b, slow=False) for n in DEFAULT for b in BACKENDS]
+STEPS += [case(n, 64, b, slow=True) for n in EXACT for b in BACKENDS]
+REFUSALS = [
+    case(name, backend, reason, slow=slow)
+    for name, (slow, *reasons) in REFUSED.items()
+    for backend, reason in zip(BACKENDS, reasons, strict=True)
+    if reason
+]
 
 
-def encoder(model: nn.Module, backend: str, cell: int = CELL) -> tuple[Encode, SparK]:
+def encoder(model: nn.Module, backend: str, cell: int) -> tuple[Encode, SparK]:
     """The encoder under test, for `model` itself (no copy)."""
     wanted = [stage.reduction for stage in stages(model) if stage.reduction in (4, 8, 16, 32)]
-    spark = SparK(model, decoder_width=wanted[-1], backend=backend, stages=wanted, mask_cell=cell)  # type: ignore[arg-type]
+    spark = SparK(
+        model, decoder_width=max(wanted, default=32), backend=backend, stages=wanted or None, mask_cell=cell
+    )
     return spark.encode, spark
 
 
 @lru_cache(maxsize=2)
-def network(name: str) -> tuple[nn.Module, tuple[Stage, ...]]:
+def network(name: str, cell: int) -> tuple[nn.Module, tuple[Stage, ...]]:
     """A plain network with random norms, and its maps from reduction 4 on. Never changed: tests copy it."""
     torch.manual_seed(0)
     model = without_drops(create(name))
     maps = tuple(stage for stage in stages(model) if stage.reduction in (4, 8, 16, 32))
-    return randomise(model, torch.randn(4, 3, 2 * CELL, 2 * CELL, dtype=torch.float64)), maps
+    return randomise(model, torch.randn(4, 3, 2 * cell, 2 * cell, dtype=torch.float64)), maps
 
 
 @lru_cache(maxsize=4)
-def expected(name: str, columns: int, training: bool) -> tuple[Crops, Pass]:
-    model, maps = network(name)
-    case = one_block(CELL, columns, hidden=NAN)
-    return case, plain_pass(copy.deepcopy(model), case.crops, maps, training)
+def expected(name: str, cell: int, columns: int, training: bool) -> tuple[Crops, Pass]:
+    model, maps = network(name, cell)
+    crops = one_block(cell, columns, hidden=NAN)
+    return crops, plain_pass(copy.deepcopy(model), crops.crops, maps, training)
 
 
-@pytest.mark.parametrize(
-    ("name", "columns", "training", "backend"),
-    [
-        slow_unless_default(name, columns, training, backend, slow=columns == 1 + training)
-        for name in EXACT
-        for columns, training in ((1, True), (2, False), (1, False), (2, True))
-        for backend in ("dense", "packed")
-    ],
-)
-def test_crop_equivalence(name: str, columns: int, training: bool, backend: str) -> None:
+@pytest.mark.parametrize(("name", "cell", "columns", "training", "backend"), CROPS)
+def test_crop_equivalence(name: str, cell: int, columns: int, training: bool, backend: str) -> None:
     """T1 and T3: features, gradients and running moments are those of the network on the visible block alone.
 
     Hidden pixels are NaN, so that reading one of them anywhere shows up everywhere.
     """
-    plain, maps = network(name)
-    case, wanted = expected(name, columns, training)
+    plain, maps = network(name, cell)
+    crops, wanted = expected(name, cell, columns, training)
     model = copy.deepcopy(plain)
-    encode, _ = encoder(model, backend)
-    found = masked_pass(model, encode, case, training)
-    wrong = disagreements(found, wanted, lambda: rounding(copy.deepcopy(plain), case.crops, maps, training))
+    encode, _ = encoder(model, backend, cell)
+    found = masked_pass(model, encode, crops, training)
+    wrong = disagreements(found, wanted, lambda: rounding(copy.deepcopy(plain), crops.crops, maps, training))
     if name in ROUNDING:
         wrong = [w for w in wrong if float(w.split("off by ")[1].split(",")[0]) > ROUNDING[name]]
     assert not wrong, wrong[:5]
 
 
-@pytest.mark.parametrize(("name", "backend"), BOTH)
-def test_training_step_and_round_trip(name: str, backend: str) -> None:
+@pytest.mark.parametrize(("name", "cell", "backend"), STEPS)
+def test_training_step_and_round_trip(name: str, cell: int, backend: str) -> None:
     """T2, T4 and T8: a training step with everything visible is the plain network's, and the weights are plain again.
 
     Then, under a mask: zeros at every hidden position of every map.
     """
-    plain, maps = network(name)
+    plain, maps = network(name, cell)
     model, twin = copy.deepcopy(plain), copy.deepcopy(plain)
-    encode, spark = encoder(model, backend)
-    images = one_block(CELL).images
+    encode, spark = encoder(model, backend, cell)
+    images = one_block(cell).images
     everything = torch.ones(2, *GRID, dtype=torch.bool)
     for net, run in (
         (model, lambda: encode(images, everything)),
@@ -126,17 +140,9 @@ def test_training_step_and_round_trip(name: str, backend: str) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("name", "backend", "reason"),
-    [
-        slow_unless_default(name, backend, reason)
-        for name, (dense, packed) in REFUSED.items()
-        for backend, reason in (("dense", dense), ("packed", packed))
-        if reason
-    ],
-)
+@pytest.mark.parametrize(("name", "backend", "reason"), REFUSALS)
 def test_refused(name: str, backend: str, reason: str) -> None:
     """Whatever has no exact sparse form is refused when SparK is built, in one line that names the module."""
     with pytest.raises(SparseUnsupported, match=reason) as caught:
-        encoder(create(name), backend)
+        encoder(create(name), backend, 64)
     assert "\n" not in str(caught.value)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,22 @@ def environment(**extra: str) -> dict[str, str]:
     """Of child processes: one thread, on the CPU, and nothing that a launcher left."""
     launched = ("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "GROUP_", "ROLE_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
-    return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "ACCELERATE_USE_CPU": "1", **extra}
+    return clean | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT / "src"),
+        "ACCELERATE_USE_CPU": "1",
+        **extra,
+    }
 
 
-def run(command: Sequence[str | Path], folder: Path, *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[str | Path], folder: Path, *, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
     """Run a program to its end; its output as text."""
     words = [str(word) for word in command]
-    return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
 
 
 def start(command: Sequence[str | Path], folder: Path) -> subprocess.Popen[str]:
@@ -65,10 +75,8 @@ def wait_until_gone(folder: Path, seconds: float = 60) -> None:
 
 def kill_all(process: subprocess.Popen[str]) -> None:
     """Leave nothing of a process group behind, whatever a test did."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     if process.stdout is not None:
         process.stdout.close()

@@ -43,13 +43,8 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path, position: float) -> N
     at = next(i for i in range(int(len(content) * position), len(content)) if content[i])
     content[at] ^= 0x40
     path.write_bytes(content)
-    try:
-        state = load(path)
-    except CheckpointError as error:
-        assert str(path) in str(error)
-        assert "\n" not in str(error)
-    else:  # a byte of the archive's own notes, such as a name that is also written elsewhere
-        assert torch.equal(state["tensor"], STATE["tensor"])
+    with pytest.raises(CheckpointError, match=r"update-000000001.pt[^\n]*$"):
+        load(path)
 
 
 def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:
@@ -60,7 +55,7 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:
     content[entry.header_offset + 4000] ^= 1
     path.write_bytes(content)
     torch.load(path, weights_only=True)  # which is why `load` looks at the checksums itself
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match=r"damaged"):
         load(path)
 
 
@@ -68,12 +63,14 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path: Path) -> None:
 def test_a_truncated_file_is_one_line(tmp_path: Path, size: int) -> None:
     path = save(tmp_path, 1, STATE, keep=1)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=r"^cannot read checkpoint .*update-000000001.pt: it is truncated"):
+    with pytest.raises(
+        CheckpointError, match=r"^cannot read checkpoint .*update-000000001.pt: it is truncated"
+    ):
         load(path)
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="No such file"):
+    with pytest.raises(CheckpointError, match=r"No such file"):
         load(tmp_path / "update-000000001.pt")
 
 
@@ -85,7 +82,7 @@ class _Malicious:
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     path = tmp_path / "update-000000001.pt"
     torch.save({"update": _Malicious()}, path)
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint"):
         load(path)
 
 
@@ -100,14 +97,14 @@ def test_auto_names_the_damaged_one_and_takes_the_previous(tmp_path: Path) -> No
     assert (path.name, state) == ("update-000000001.pt", {"update": 1})
     assert len(notes) == 1
     assert "update-000000002.pt" in notes[0]
-    with pytest.raises(CheckpointError, match="delete it to continue from update-000000001.pt"):
+    with pytest.raises(CheckpointError, match=r"delete it to continue from update-000000001.pt"):
         load_newest(tmp_path, fall_back=False)
 
 
 def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "nowhere", fall_back=True) is None
     (tmp_path / "update-000000001.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="all 1 checkpoints"):
+    with pytest.raises(CheckpointError, match=r"all 1 checkpoints"):
         load_newest(tmp_path, fall_back=True)
 
 
@@ -128,7 +125,9 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tiny_disk: Path) -> None:
     save(tiny_disk, 1, {"update": 1, "tensor": torch.zeros(150_000)}, keep=1)
-    with pytest.raises(CheckpointError, match="No space left on device; the one of update 1 is intact") as error:
+    with pytest.raises(
+        CheckpointError, match=r"No space left on device; the one of update 1 is intact"
+    ) as error:
         save(tiny_disk, 2, {"update": 2, "tensor": torch.zeros(150_000)}, keep=1)
     assert "\n" not in str(error.value)
     assert [path.name for path in tiny_disk.iterdir()] == ["update-000000001.pt"]
@@ -144,17 +143,19 @@ def test_a_full_disk_anywhere_in_the_write(tmp_path: Path, monkeypatch: pytest.M
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, full)
-            with pytest.raises(CheckpointError, match="No space left"):
+            with pytest.raises(CheckpointError, match=r"No space left"):
                 save(tmp_path, 2, {"update": 2}, keep=1)
         assert [path.name for path in listing(tmp_path)] == ["update-000000001.pt"]
 
 
-def test_an_error_that_is_not_the_disk_is_not_dressed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_is_not_the_disk_is_not_dressed_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("something else")
 
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(RuntimeError, match="something else"):
+    with pytest.raises(RuntimeError, match=r"something else"):
         save(tmp_path, 1, STATE, keep=1)
 
 

@@ -72,7 +72,8 @@ def test_a_run_logs_every_update_and_keeps_its_settings(tiny: Callable[..., Path
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 16))
     assert rows[4]["epoch"] == 1.0
-    for name in ("loss", "hidden", "lr", "weight_decay", "grad_norm", "step_s", "data_s", "images_per_s", "peak_memory_mib"):
+    measured = ("grad_norm", "step_s", "data_s", "images_per_s", "peak_memory_mib")
+    for name in ("loss", "hidden", "lr", "weight_decay", *measured):
         assert all(isinstance(row[name], float) for row in rows), name
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert all(row["images_per_s"] == pytest.approx(32 / row["step_s"]) for row in rows)
@@ -113,7 +114,7 @@ def test_accumulation_is_the_mean_over_its_batches(tiny: Callable[..., Path]) ->
 
 def test_gradients_are_clipped_to_the_limit(tiny: Callable[..., Path]) -> None:
     """SGD with momentum 0.9: the first step is lr x the clipped gradient."""
-    flags = ("--opt", "momentum", "--weight-decay", "0", "--warmup-epochs", "0", "--epochs", "1", "--limit-batches", "1")
+    flags = ("--opt", "momentum", "--weight-decay", "0", "--epochs", "1", "--limit-batches", "1")
     lr = 1e-3
     free = final(tiny("free", *flags, "--lr", str(lr)))["model"]
     clipped = final(tiny("clipped", *flags, "--lr", str(lr), "--clip-grad", "0.01"))["model"]
@@ -228,7 +229,9 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(
         tiny("broken", "--kill-at", "13")
     newest = listing(Path("broken/checkpoints"))[0]
     newest.write_bytes(newest.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"update-000000013.pt.*delete it to continue from update-000000010.pt"):
+    with pytest.raises(
+        CheckpointError, match=r"update-000000013.pt.*delete it to continue from update-000000010.pt"
+    ):
         tiny("broken", "--resume", "broken")
     capsys.readouterr()
     tiny("broken", "--resume", "auto")
@@ -288,7 +291,9 @@ def test_resume_with_another_data_length_or_world_size_is_refused(
 def test_what_does_not_change_the_numbers_may_change(tiny: Callable[..., Path], whole: Path) -> None:
     with pytest.raises(SystemExit):
         tiny("broken", "--kill-at", "7")
-    assert equal_runs(whole, tiny("broken", "--resume", "auto", "--workers", "1", "--keep", "1", "--save-every", "2"))
+    assert equal_runs(
+        whole, tiny("broken", "--resume", "auto", "--workers", "1", "--keep", "1", "--save-every", "2")
+    )
 
 
 def test_resume_changed_goes_on_where_the_epochs_stand(
@@ -296,7 +301,7 @@ def test_resume_changed_goes_on_where_the_epochs_stand(
 ) -> None:
     with pytest.raises(SystemExit):
         tiny("broken", "--kill-at", "8")  # 1.6 epochs
-    with pytest.warns(UserWarning, match="total_steps"):
+    with pytest.warns(UserWarning, match=r"total_steps"):
         tiny("broken", "--resume", "auto", "--resume-changed", "--batch-size", "16", "--limit-batches", "10")
     said = capsys.readouterr().out
     assert "not bit-equal: batch_size 32 -> 16, limit_batches 5 -> 10" in said
@@ -310,13 +315,13 @@ def test_another_optimizer_or_model_cannot_be_resumed(
 ) -> None:
     with pytest.raises(SystemExit):
         tiny("broken", "--kill-at", "7")
-    with pytest.raises(UserError, match="another optimizer: opt adamw -> lamb"):
+    with pytest.raises(UserError, match=r"another optimizer: opt adamw -> lamb"):
         tiny("broken", "--resume", "auto", "--resume-changed", "--opt", "lamb")
     path = listing(Path("broken/checkpoints"))[0]
     state = torch.load(path, weights_only=True)
     del state["model"]["backbone.0.weight"]
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match="does not fit this model") as error:
+    with pytest.raises(CheckpointError, match=r"does not fit this model") as error:
         tiny("broken", "--resume", "auto")
     assert "\n" not in str(error.value)
 
@@ -324,7 +329,9 @@ def test_another_optimizer_or_model_cannot_be_resumed(
 # --- what must not happen ----------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_take_it(tiny: Callable[..., Path], whole: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_weights_take_it(
+    tiny: Callable[..., Path], whole: Path
+) -> None:
     with pytest.raises(NonFiniteLoss, match=r"^loss is nan at update 8 of 15; .*checkpoints are untouched"):
         tiny("broken", "--nan-at", "8")
     assert [path.name for path in listing(Path("broken/checkpoints"))] == ["update-000000005.pt"]
@@ -332,7 +339,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_take_it(tiny: Callab
 
 
 def test_infinite_gradients_stop_it_too(tiny: Callable[..., Path]) -> None:
-    with pytest.raises(NonFiniteLoss, match="gradient norm is (nan|inf) at update 1 of"):
+    with pytest.raises(NonFiniteLoss, match=r"gradient norm is (nan|inf) at update 1 of"):
         tiny("broken", "--mixed-precision", "no", "--inf-gradient-at", "1")
 
 
@@ -405,7 +412,9 @@ def whole_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "update", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)]
 )
-def test_two_processes_agree_where_to_stop_and_resume_exactly(tmp_path: Path, whole_by_two: Path, update: int) -> None:
+def test_two_processes_agree_where_to_stop_and_resume_exactly(
+    tmp_path: Path, whole_by_two: Path, update: int
+) -> None:
     """Accumulation 2, persistent workers, dropout on each; only the first process gets the signal."""
     command = [*TWO, TINY, *TWO_FLAGS, "--output-dir", "broken"]
     stopped = run([*command, "--kill-at", str(update)], tmp_path)
@@ -424,7 +433,9 @@ def test_two_processes_see_other_images_than_one(tmp_path: Path, whole_by_two: P
 
 def test_kill_9_loses_at_most_what_came_after_the_last_checkpoint(tmp_path: Path, whole: Path) -> None:
     command = [sys.executable, TINY, *WORKERS, "--output-dir", "broken"]
-    assert run([*command, "--kill-at", "13", "--kill-signal", "SIGKILL"], tmp_path).returncode == -signal.SIGKILL
+    assert (
+        run([*command, "--kill-at", "13", "--kill-signal", "SIGKILL"], tmp_path).returncode == -signal.SIGKILL
+    )
     assert listing(tmp_path / "broken/checkpoints")[0].name == "update-000000010.pt"
     assert run([*command, "--resume", "auto"], tmp_path).returncode == 0
     assert equal_runs(whole, tmp_path / "broken")

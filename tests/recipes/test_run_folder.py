@@ -37,32 +37,36 @@ def test_a_folder_with_something_in_it_is_refused() -> None:
     Path("out").mkdir()
     open_tiny("out")
     Path("out/notes.txt").touch()
-    with pytest.raises(UserError, match="not empty.*--resume auto"):
+    with pytest.raises(UserError, match=r"not empty.*--resume auto"):
         open_tiny("out")
     assert open_tiny("out", resume="auto").path == Path("out")
 
 
 def test_auto_without_a_folder_finds_the_newest_run_of_this_recipe_and_backbone() -> None:
     assert open_tiny(resume="auto").path.parent == Path("runs")  # nothing there yet: a new one
-    for name in ("tiny-tv_resnet18-20240101-000000", "tiny-tv_resnet18-20230101-000000", "tiny-other-20250101-000000"):
+    for name in (
+        "tiny-tv_resnet18-20240101-000000",
+        "tiny-tv_resnet18-20230101-000000",
+        "tiny-other-20250101-000000",
+    ):
         finished(f"runs/{name}")
         time.sleep(0.02)  # the times of files tell which is newest, not their names
     assert open_tiny(resume="auto").path.name == "tiny-tv_resnet18-20230101-000000"
 
 
 def test_a_named_folder_must_hold_a_checkpoint_and_be_the_output_folder() -> None:
-    with pytest.raises(UserError, match="--resume gone: no checkpoint in gone/checkpoints"):
+    with pytest.raises(UserError, match=r"--resume gone: no checkpoint in gone/checkpoints"):
         open_tiny(resume="gone")
     finished("old")
     assert open_tiny(resume="old").path == Path("old")
     assert open_tiny("./old", resume="old").path == Path("old")
-    with pytest.raises(UserError, match="drop --output-dir new"):
+    with pytest.raises(UserError, match=r"drop --output-dir new"):
         open_tiny("new", resume="old")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("file").touch()
-    with pytest.raises(UserError, match="--output-dir file is not a folder"):
+    with pytest.raises(UserError, match=r"--output-dir file is not a folder"):
         open_tiny("file")
     with pytest.raises(UserError, match=r"^cannot write to the run folder file/inner: Not a directory"):
         open_tiny("file/inner")
@@ -106,6 +110,6 @@ def test_small_files_are_written_whole_or_not_at_all(monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="cannot write config.yaml"):
+    with pytest.raises(UserError, match=r"cannot write config.yaml"):
         run.write(run.config, "new")
     assert run.config.read_text() == "old"

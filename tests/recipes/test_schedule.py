@@ -1,6 +1,7 @@
 """Learning rate and weight decay of every update, against the formulas of the paper's recipe."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def test_warm_up_is_linear_from_half_a_percent() -> None:
     rates = [learning_rate(t, PLAN, 2.0) for t in range(PLAN.warmup + 1)]
     assert rates[0] == pytest.approx(0.01)
     assert rates[PLAN.warmup] == pytest.approx(2.0)
-    steps = [b - a for a, b in zip(rates, rates[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(rates)]
     assert steps == pytest.approx([steps[0]] * len(steps))
 
 

@@ -32,13 +32,13 @@ def test_learning_rate_follows_the_global_batch() -> None:
 
 
 def test_contradictions_and_indivisible_batches_are_refused() -> None:
-    with pytest.raises(UserError, match="--lr-base and --lr exclude each other"):
+    with pytest.raises(UserError, match=r"--lr-base and --lr exclude each other"):
         resolve(LoopSettings(lr_base=1e-3, lr=0.1), 1, {})
-    with pytest.raises(UserError, match="--global-batch-size and --batch-size exclude"):
+    with pytest.raises(UserError, match=r"--global-batch-size and --batch-size exclude"):
         resolve(LoopSettings(global_batch_size=64, batch_size=8), 1, {})
     with pytest.raises(UserError, match=r"--global-batch-size 100 does not divide into 3 process\(es\)"):
         resolve(LoopSettings(global_batch_size=100), 3, {})
-    with pytest.raises(UserError, match="does not divide"):
+    with pytest.raises(UserError, match=r"does not divide"):
         resolve(LoopSettings(global_batch_size=2), 3, {})
 
 
@@ -54,10 +54,10 @@ def test_trackers_that_cannot_track_are_refused(monkeypatch: pytest.MonkeyPatch)
     from leaven.recipes.common import start as module
 
     assert tracker_names(None) == []
-    with pytest.raises(UserError, match="--log-with paper: accelerate knows .*tensorboard"):
+    with pytest.raises(UserError, match=r"--log-with paper: accelerate knows .*tensorboard"):
         tracker_names("paper")
     monkeypatch.setattr(module, "get_available_trackers", list)
-    with pytest.raises(UserError, match="--log-with wandb: its package is missing; pip install wandb"):
+    with pytest.raises(UserError, match=r"--log-with wandb: its package is missing; pip install wandb"):
         tracker_names("wandb")
 
 
@@ -69,7 +69,7 @@ def test_a_resumed_run_starts_from_its_own_settings(tmp_path: Path) -> None:
 
 
 def test_fp16_on_a_cpu_is_refused(recipe: Callable[[Path], ModuleType], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--mixed-precision fp16 needs a GPU"):
+    with pytest.raises(UserError, match=r"--mixed-precision fp16 needs a GPU"):
         start(LoopSettings(mixed_precision="fp16", output_dir=str(tmp_path / "run")), "tiny")
     assert not (tmp_path / "run").exists()
 
@@ -81,7 +81,7 @@ def test_processes_that_accelerate_does_not_join_are_noticed(
 
     PartialState()  # alone, before the variables of a launcher are seen
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes were started, but accelerate joined 1"):
+    with pytest.raises(UserError, match=r"2 processes were started, but accelerate joined 1"):
         start(LoopSettings(output_dir=str(tmp_path / "run")), "tiny")
 
 
@@ -90,7 +90,7 @@ def test_on_main_passes_results_and_user_errors_on(recipe: Callable[[Path], Modu
         raise UserError("no")
 
     assert on_main(lambda: 3) == 3
-    with pytest.raises(UserError, match="^no$"):
+    with pytest.raises(UserError, match=r"^no$"):
         on_main(fails)
 
 
@@ -132,9 +132,9 @@ def test_gradients_are_clipped_by_one_hand_only() -> None:
 
 
 def test_optimizers_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UserError, match="--opt lambs: timm has no such optimizer; did you mean lamb"):
+    with pytest.raises(UserError, match=r"--opt lambs: timm has no such optimizer; did you mean lamb"):
         make_optimizer(Net(), LoopSettings(opt="lambs"))
-    with pytest.raises(UserError, match="--opt sgd does not take betas"):
+    with pytest.raises(UserError, match=r"--opt sgd does not take betas"):
         make_optimizer(Net(), LoopSettings(opt="sgd", betas=(0.9, 0.95)))
     assert make_optimizer(Net(), LoopSettings(opt="lamb", betas=(0.9, 0.95))).defaults["betas"] == (0.9, 0.95)
 

@@ -40,7 +40,11 @@ class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(8, 3, 3, padding=1)
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Conv2d(8, 3, 3, padding=1),
         )
 
     def forward(self, images: Tensor, mask: Tensor, target: Tensor | None = None) -> Output:
@@ -54,7 +58,11 @@ def main(argv: list[str] | None = None) -> None:
     data = open_data(settings.data, seed=settings.seed)
     transform = train_transform((16, 16), (0.67, 1.0), 0.5, data.mean, data.std)
     sampler = KeyedBatchSampler(
-        len(data.train), settings.batch_size, settings.seed, accelerator.process_index, accelerator.num_processes
+        len(data.train),
+        settings.batch_size,
+        settings.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
     loader = make_loader(KeyedDataset(data.train, transform), sampler, settings.workers)
     objective = Tiny()
@@ -75,7 +83,9 @@ def main(argv: list[str] | None = None) -> None:
 
     fit(accelerator, objective, optimizer, loader, forward, plan, settings, run, attached)
     if accelerator.is_main_process:
-        torch.save({"model": objective.state_dict(), "callbacks": attached.state_dict()}, run.path / "final.pt")
+        torch.save(
+            {"model": objective.state_dict(), "callbacks": attached.state_dict()}, run.path / "final.pt"
+        )
     accelerator.end_training()
     print(f"rank {accelerator.process_index} finished", flush=True)
 
