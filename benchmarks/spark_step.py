@@ -3,7 +3,7 @@
     python benchmarks/spark_step.py                    # times, memory; results/spark_step-<machine>.json
     python benchmarks/spark_step.py --compile          # the same encoders under torch.compile as well
 
-"masked" restates in our own words how the method is usually run (spark.md section 1; Tian et al. 2023): every
+"masked" restates in our own words how the method is usually run (keyu-tian/SparK; Tian et al. 2023): every
 convolution and pool is dense and its output multiplied by the mask expanded to that layer; norms gather the visible
 positions by index, normalise, and scatter them back; squeeze-and-excitation is left as it is. It serves as the
 alternative of every ratio. Times are interleaved medians; peak memory is of a process of its own per cell of the table.

@@ -1,1 +1,1 @@
-"""Programs: each reads flags, builds data, backbone, objective and callbacks, runs the one loop, writes a run folder."""
+"""Programs: each reads flags, builds data, backbone, objective and callbacks, runs the one loop."""

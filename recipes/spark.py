@@ -55,7 +55,7 @@ class SparkSettings(LoopSettings):
     FREE = LoopSettings.FREE | {"probe_images"}
 
 
-# spark.md section 2: upstream's settings, the same for every network but for drop path and betas.
+# The settings of the authors' code (keyu-tian/SparK), the same for every network but for drop path and betas.
 _PAPER: dict[str, Any] = {
     "image_size": (224, 224), "epochs": 1600, "warmup_epochs": 40.0, "global_batch_size": 4096, "lr_base": 2e-4,
     "opt": "lamb", "clip_grad": 5.0, "weight_decay": 0.04, "weight_decay_end": 0.2, "mask_ratio": 0.6,

@@ -17,7 +17,8 @@ TOLERANCE = 1e-5
 
 # What nets raise when an image does not suit them.
 _UNSUITABLE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)
-_RANDOM_LAYERS = ("Dropout", "DropPath", "StochasticDepth")
+# Set to evaluation: their draws differ between two passes, or they do not run on the CPU in training mode.
+_EVALUATED_LAYERS = ("Dropout", "DropPath", "StochasticDepth", "SyncBatchNorm")
 
 Encode = Callable[[nn.Module, Tensor, Tensor, Sequence[Stage], int], list[Tensor]]
 
@@ -96,7 +97,7 @@ def _randomise(net: nn.Module, generator: torch.Generator) -> None:
 def _set_mode(net: nn.Module, training: bool) -> None:
     for module in net.train(training).modules():
         if any(
-            kind in name for kind in _RANDOM_LAYERS for name in (c.__name__ for c in type(module).__mro__)
+            kind in name for kind in _EVALUATED_LAYERS for name in (c.__name__ for c in type(module).__mro__)
         ):
             module.eval()
 

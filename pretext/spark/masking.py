@@ -1,4 +1,4 @@
-"""Masks with an exact count of visible cells per image (spark.md section 1; Tian et al. 2023, section 3.1)."""
+"""Masks with an exact count of visible cells per image (Tian et al. 2023, section 3.1)."""
 
 import torch
 from torch import Tensor

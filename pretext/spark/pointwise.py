@@ -10,11 +10,11 @@ from leaven.pretext.spark.sparse_map import SparseMap, refuse, rule
 
 # Names looked up on torch, torch.Tensor, torch.nn.functional and its C binding, each with its in-place form.
 _UNARY = """
-abs acos acosh asin asinh atan atanh ceil celu clamp clamp_max clamp_min clip clone contiguous cos cosh detach dropout
-elu erf erfc exp exp2 expm1 float double half bfloat16 floor frac gelu hardshrink hardsigmoid hardswish hardtanh
-leaky_relu log log10 log1p log2 log_sigmoid logsigmoid logit mish nan_to_num neg negative ones_like positive reciprocal relu relu6
-round rrelu rsqrt selu sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square tan tanh tanhshrink
-threshold to trunc type type_as zeros_like requires_grad_
+abs acos acosh asin asinh atan atanh ceil celu clamp clamp_max clamp_min clip clone contiguous cos cosh detach
+dropout elu erf erfc exp exp2 expm1 float double half bfloat16 floor frac gelu hardshrink hardsigmoid hardswish
+hardtanh leaky_relu log log10 log1p log2 log_sigmoid logsigmoid logit mish nan_to_num neg negative ones_like
+positive reciprocal relu relu6 round rrelu rsqrt selu sigmoid sign silu sin sinc sinh softplus softshrink softsign
+sqrt square tan tanh tanhshrink threshold to trunc type type_as zeros_like requires_grad_
 """
 _BINARY = """
 add sub subtract rsub mul multiply div divide true_divide pow maximum minimum fmod remainder atan2 addcmul addcdiv lerp

@@ -65,6 +65,10 @@ class SparK(nn.Module):
             raise ValueError(
                 f"decoder_width={decoder_width} must be divisible by {reduction}: it halves per level"
             )
+        if backend not in ("auto", "packed", "dense"):
+            raise ValueError(f"unknown backend {backend!r}: auto, packed or dense")
+        if densify_norm not in ("auto", "bn", "ln", "none"):
+            raise ValueError(f"unknown densify_norm {densify_norm!r}: auto, bn, ln or none")
         norm = _own_norm(self.backbone) if densify_norm == "auto" else densify_norm
         self.densify = nn.ModuleList(
             Densify(

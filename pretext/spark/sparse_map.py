@@ -2,7 +2,7 @@
 
 ``SparseMap`` is a duck type: a plain class with ``__torch_function__`` and the tensor methods that backbones call. An
 operation either has an exact rule (``pointwise.py``, ``shape_rules.py``, ``spatial_rules.py``) or is refused with its
-name and the module's. A Tensor subclass holding the values as its storage would run unknown operations on them silently.
+name and the module's. A Tensor subclass with the values as its storage would run unknown operations on them silently.
 """
 
 import sys

@@ -64,7 +64,7 @@ def learning_rate(
 ) -> float:
     """Linear warm-up from ``start * peak`` to ``peak``, then a cosine to ``end * peak`` at the last update.
 
-    The defaults are SparK's (spark.md section 2; upstream steps it per iteration as well).
+    The defaults are SparK's (keyu-tian/SparK, which steps it per iteration as well).
 
     Args:
         update: 0 for the first.

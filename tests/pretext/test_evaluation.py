@@ -192,6 +192,21 @@ def test_held_out_part_has_a_fifth_of_every_class_and_spares_singletons() -> Non
     assert (held_out != evaluation._held_out(y, seed=1)).any()
 
 
+# --- both, on real images
+
+
+def test_digits_are_nearly_solved_by_their_pixels() -> None:
+    """Why the digits are a smoke test and no evidence: raw pixels leave hardly anything to learn."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    x, y = torch.from_numpy(digits.data).float()[order], torch.from_numpy(digits.target)[order]
+    parts = (x[:1400], y[:1400], x[1400:], y[1400:])
+    assert knn(*parts) > 0.96
+    assert linear_probe(*parts) > 0.93
+
+
 # --- refusals
 
 

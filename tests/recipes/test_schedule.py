@@ -27,7 +27,7 @@ def test_warm_up_is_linear_from_half_a_percent() -> None:
 
 
 def test_cosine_reaches_a_thousandth_at_the_last_update() -> None:
-    # spark.md section 2 in its own words: peak * (end + (1 - end) * (1 + cos(pi p)) / 2)
+    # As keyu-tian/SparK computes it: peak * (end + (1 - end) * (1 + cos(pi p)) / 2)
     for t in range(PLAN.warmup, PLAN.total):
         p = (t - PLAN.warmup) / (PLAN.total - 1 - PLAN.warmup)
         expected = 2.0 * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * p)))

@@ -143,9 +143,7 @@ def test_batchnorm_is_taken_anew_from_whole_images_before_probing(
     folder = spark("out", "--backbone", "test_resnet")
     said = capsys.readouterr().out
     for who in ("untrained", "trained"):
-        assert (
-            f"{who} backbone: statistics of 14 BatchNorm layers taken anew from whole training images" in said
-        )
+        assert re.search(rf"\n{who} backbone: statistics of \d+ BatchNorm layers taken anew from whole", said)
     exported = load_file(folder / "backbone.safetensors")
     trained = load(listing(folder / "checkpoints")[0])["model"]
     for name, value in exported.items():
