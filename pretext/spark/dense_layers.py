@@ -42,13 +42,15 @@ class Masked(nn.Module):
 
     def visible(self, mask: Mask, x: Tensor) -> Tensor:
         """Visible positions, bool, in the layout of the map `x`; refuses a map that does not fit the cells."""
+        if x.dim() < 4:
+            raise mask.refuse(
+                self, f"works on tokens {tuple(x.shape)}, not on a map; it has no exact sparse form"
+            )
         rows, columns = (x.shape[i] for i in self._space)
-        found = mask.at(rows, columns) if x.dim() >= 4 else None
+        found = mask.at(rows, columns)
         if found is None:
             cells = "x".join(map(str, mask.cells.shape[1:]))
-            raise mask.refuse(
-                self, f"a map of shape {tuple(x.shape)} does not fit a grid of {cells} mask cells"
-            )
+            raise mask.refuse(self, f"a map of {rows}x{columns} positions does not fit {cells} mask cells")
         return found if self._space == NCHW else found.movedim(1, -1)
 
     def zeroed(self, mask: Mask, y: Tensor) -> Tensor:

@@ -48,6 +48,17 @@ def is_launcher(command: tuple[str, ...]) -> bool:
     return any(Path(word).name in _PROGRAMS or word.startswith(_MODULES) for word in command[:3])
 
 
+def asked_processes(command: tuple[str, ...]) -> int | None:
+    """The ``--num_processes`` of an `accelerate launch` command line; None if it names none."""
+    for word, following in zip(command, (*command[1:], ""), strict=True):
+        name, _, value = word.replace("-", "_").partition("=")
+        if name == "__num_processes" and (value or following).isdigit():
+            return int(value or following)
+        if word.endswith(".py"):  # the rest is the script's own
+            break
+    return None
+
+
 def choose_threads(
     environment: Mapping[str, str], launcher: Launcher | None, cores: int, local_processes: int
 ) -> tuple[int | None, str]:

@@ -1,5 +1,6 @@
 """What the user sees while training: a bar on a terminal, plain lines elsewhere."""
 
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -23,8 +24,10 @@ class Progress:
     def __init__(self, total: int, done: int, *, show: bool) -> None:
         self.total, self.every = total, max(1, total // _LINES)
         self.lines = show and not sys.stderr.isatty()
+        # Some terminals say that they have no columns at all; shutil then takes 80, tqdm would show nothing.
+        columns = shutil.get_terminal_size().columns
         self.bar = tqdm(
-            total=total, initial=done, unit="update", disable=not show or self.lines, dynamic_ncols=True
+            total=total, initial=done, unit="update", disable=not show or self.lines, ncols=columns
         )
 
     def __enter__(self) -> "Progress":

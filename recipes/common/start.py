@@ -20,7 +20,7 @@ from accelerate.utils import (
 from torch import nn
 
 from leaven.recipes.common.flags import CommonSettings, UserError, flag, parse
-from leaven.recipes.common.launcher import set_threads
+from leaven.recipes.common.launcher import asked_processes, find_launcher, set_threads
 from leaven.recipes.common.run_folder import RunFolder, open_run
 
 T = TypeVar("T")
@@ -89,6 +89,13 @@ def start(settings: S, recipe: str) -> tuple[Accelerator, RunFolder, S]:
         started = os.environ["WORLD_SIZE"]
         raise UserError(
             f"{started} processes were started, but accelerate joined {state.num_processes} of them"
+        )
+    launcher = find_launcher()
+    asked = asked_processes(launcher.command) if launcher else None
+    if asked is not None and asked != state.num_processes:
+        raise UserError(
+            f"accelerate launch was asked for {asked} processes and started {state.num_processes}: "
+            "it starts several only with --multi_gpu, on CPUs too"
         )
     settings = resolve(settings, state.num_processes, os.environ)
     if settings.mixed_precision == "fp16" and state.device.type == "cpu":

@@ -485,7 +485,16 @@ def attention(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+def timm_norm(name: str) -> nn.Module:
+    import timm
+
+    layer: nn.Module = getattr(timm.layers, name)(8, **({"groups": 2} if "Evo" in name else {}))
+    return layer
+
+
 ACCEPTED = {
+    "group standard deviation": lambda: timm_norm("EvoNorm2dS0"),
+    "mean square": lambda: timm_norm("FilterResponseNormTlu2d"),
     "own channels-first norm": ChannelsFirstNorm,
     "gelu": lambda: nn.GELU(),
     "bias in front of a convolution": lambda: lambda x: x + 1.0,

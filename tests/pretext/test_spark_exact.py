@@ -33,7 +33,8 @@ NAN = float("nan")
 
 
 def case(name: str, *values: Any, slow: bool) -> Any:
-    return pytest.param(name, *values, marks=[pytest.mark.slow] if slow else [])
+    shown = [str(v) for v in (name, *values) if not isinstance(v, str) or v in BACKENDS or v == name]
+    return pytest.param(name, *values, marks=[pytest.mark.slow] if slow else [], id="-".join(shown))
 
 
 # Visible columns, training. The first two on every network, all of them on DEFAULT.

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 from recipe_programs import environment
 
-from leaven.recipes.common.launcher import Launcher, choose_threads, find_launcher, is_launcher
+from leaven.recipes.common.launcher import (
+    Launcher,
+    asked_processes,
+    choose_threads,
+    find_launcher,
+    is_launcher,
+)
 from leaven.recipes.common.signals import StopRequest, exit_code
 
 ACCELERATE = ("/venv/bin/python", "/venv/bin/accelerate", "launch", "recipes/spark.py")
@@ -58,6 +64,19 @@ def test_the_users_choice_of_threads_wins_and_the_launchers_does_not(
     environment: dict[str, str], launcher: Launcher | None, processes: int, threads: int | None
 ) -> None:
     assert choose_threads(environment, launcher, 8, processes)[0] == threads
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        (ACCELERATE, None),
+        ((*ACCELERATE[:3], "--num_processes", "2", "x.py"), 2),
+        ((*ACCELERATE[:3], "--num-processes=4", "x.py"), 4),
+        ((*ACCELERATE, "--num_processes", "2"), None),  # a flag of the script
+    ],
+)
+def test_how_many_processes_were_asked_for(command: tuple[str, ...], asked: int | None) -> None:
+    assert asked_processes(command) == asked
 
 
 def test_pytest_is_no_launcher() -> None:

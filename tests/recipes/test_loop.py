@@ -27,6 +27,7 @@ from recipe_programs import (
 from leaven.recipes.common.checkpoint import CheckpointError, listing
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.loop import NonFiniteLoss
+from leaven.recipes.common.progress import Progress
 
 Recipe = Callable[[Path], ModuleType]
 SHORT = ["--epochs", "3", "--batch-size", "32", "--limit-batches", "5"]
@@ -173,6 +174,22 @@ def test_a_compiled_run_resumes_exactly(tiny: Callable[..., Path]) -> None:
         tiny("broken", *flags, "--kill-at", "2")
     assert equal_runs(Path("compiled"), tiny("broken", *flags, "--resume", "auto"))
     assert list(final(Path("compiled"))["model"]) == list(final(tiny("eager", "--epochs", "1"))["model"])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_on_a_terminal_and_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    row = {"step": 8, "epoch": 0.5, "loss": 0.25, "lr": 1e-3, "images_per_s": 100.0}
+    with Progress(total=16, done=7, show=True) as progress:
+        progress(row)
+    said, bar = capsys.readouterr()
+    assert ("8/16" in bar and "loss=0.2500" in bar) == terminal
+    assert (said == "update 8/16  epoch 0.50  loss 0.2500  lr 1.00e-03  100 images/s\n") != terminal
+    with Progress(total=16, done=7, show=False) as progress:
+        progress(row)
+    assert capsys.readouterr() == ("", "")
 
 
 # --- signals and resume ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from recipe_programs import TINY
 from torch import nn
 
 from leaven.recipes.common.flags import UserError
+from leaven.recipes.common.launcher import Launcher
 from leaven.recipes.common.optimizer import clips_itself, make_optimizer
 from leaven.recipes.common.start import LoopSettings, on_main, read_settings, resolve, start, tracker_names
 
@@ -82,6 +83,17 @@ def test_processes_that_accelerate_does_not_join_are_noticed(
     PartialState()  # alone, before the variables of a launcher are seen
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"2 processes were started, but accelerate joined 1"):
+        start(LoopSettings(output_dir=str(tmp_path / "run")), "tiny")
+
+
+def test_processes_that_accelerate_launch_did_not_start_are_noticed(
+    recipe: Callable[[Path], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leaven.recipes.common import start as module
+
+    launcher = Launcher(("python", "accelerate", "launch", "--cpu", "--num_processes", "2", "x.py"))
+    monkeypatch.setattr(module, "find_launcher", lambda: launcher)
+    with pytest.raises(UserError, match=r"asked for 2 processes and started 1: .*--multi_gpu"):
         start(LoopSettings(output_dir=str(tmp_path / "run")), "tiny")
 
 
