@@ -12,7 +12,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Arguments that a timm family may lack without harm: a net without them takes any image size anyway,
 # or keeps its one size. They change no state-dict key.
-_SIZE_ARGUMENTS = ("img_size", "dynamic_img_size", "strict_img_size")
+_SIZE_ARGUMENTS = ("img_size", "dynamic_img_size")
 
 
 def create(
@@ -73,7 +73,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 def _timm(name: str, wishes: dict[str, Any], image_size: int | tuple[int, int] | None) -> nn.Module:
     import timm
 
-    arguments = dict(wishes, dynamic_img_size=True, strict_img_size=False)
+    arguments = dict(wishes, dynamic_img_size=True)
     if image_size is not None:
         arguments["img_size"] = image_size
     while True:

@@ -57,10 +57,8 @@ def first_layers(model: nn.Module, example: Tensor) -> list[str]:
             handles.append(module.register_forward_pre_hook(found.enter))
             handles.append(module.register_forward_hook(found.leave, always_call=True))
         with untouched(model), torch.enable_grad(), found:
-            for parameter in frozen:
-                parameter.requires_grad_(
-                    True
-                )  # so that weights derived from parameters can be told from constants
+            for parameter in frozen:  # so that weights derived from parameters can be told from constants
+                parameter.requires_grad_(True)
             model(example)
     finally:
         for parameter in frozen:
@@ -107,10 +105,8 @@ class _FollowInput(TorchFunctionMode):
         for x in _tensors(result):
             if follows:
                 self._input[id(x)] = x
-            else:
-                self._input.pop(
-                    id(x), None
-                )  # an in-place operation returns a tensor that was the input before
+            else:  # an in-place operation may return a tensor that was the input before
+                self._input.pop(id(x), None)
         return result
 
     def _follows(self, name: str, inputs: int, given: list[Tensor]) -> bool:
@@ -123,9 +119,7 @@ class _FollowInput(TorchFunctionMode):
             others = [x for x in given if id(x) not in self._input]
             if others and not any(x.requires_grad for x in others):
                 return True  # a fixed filter, such as a blur
-            if (
-                others
-            ):  # a weight that is standardised or re-parametrised: it belongs to the module that is running
+            if others:  # a weight derived from parameters (standardised, say) belongs to the running module
                 layer = self._running[-1]
         if layer is not None:
             path = self._module_names[layer]

@@ -92,7 +92,7 @@ def resolve(name: str) -> str:
             known = ", ".join(sorted(tags)) or "none"
             raise UnknownBackbone(f"{arch} has no pretrained tag {tag!r}; timm knows: {known}")
         return name
-    for spelling in (name.lower(), re.sub(r"[-/]", "_", name.lower()), re.sub(r"[-_]", "", name.lower())):
+    for spelling in (re.sub(r"[-/]", "_", name.lower()), re.sub(r"[-_]", "", name.lower())):
         if spelling in ALIASES:
             return ALIASES[spelling]
         if timm.is_model(spelling):

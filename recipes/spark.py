@@ -132,12 +132,15 @@ def train(settings: SparkSettings, data: Data) -> None:
     with user_errors(OSError):
         save(spark.backbone, run.backbone, name=settings.backbone, metadata=notes)
     results = [
-        ("held-out masked loss, before training", f"{before:.4f}"),
+        ("held-out masked loss before training", f"{before:.4f}"),
         ("and after", f"{after:.4f}"),
         *scores,
     ]
     paper = "Tian et al., Designing BERT for Convolutional Networks, ICLR 2023"
-    write_card(run, resolve(settings.backbone), "SparK", paper, data=about, how=how + lines, results=results)
+    how, chans = how + lines, settings.in_chans
+    write_card(
+        run, resolve(settings.backbone), "SparK", paper, data=about, how=how, results=results, in_chans=chans
+    )
     print(f"run folder: {run.path} (weights, model card, log, plots/reconstructions.png)")
     accelerator.end_training()
 

@@ -1,8 +1,7 @@
 """Is a masked encoder exact on this backbone? Asked of the backbone itself, in float64, before it is used."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,27 +56,34 @@ def crop_check(
     hidden = torch.full((2, in_chans, cell, cell), float("nan"), dtype=torch.float64)
     images = torch.stack([torch.cat([crops[0], hidden[0]], -1), torch.cat([hidden[1], crops[1]], -1)])
     mask = torch.tensor([[[True, True, False]], [[False, True, True]]])
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+
+    def run_plain() -> list[Tensor]:
+        return features(plain, crops, stages)
+
+    def run_sparse() -> list[Tensor]:
+        maps = encode(sparse, images, mask, stages, cell)
+        return [_visible(found, wanted) for found, wanted in zip(maps, expected, strict=True)]
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for training in (True, False):  # in this order: the first leaves running moments that suit the second
             for net in (plain, sparse):
                 _set_mode(net, training)
             try:
-                with _outputs(plain) as expected_by_module:
-                    expected = features(plain, crops, stages)
+                expected = run_plain()
             except _UNSUITABLE as error:
                 raise _unless_refusal(error, backbone, f"does not run on {cell}x{2 * cell} px") from error
             try:
-                with _outputs(sparse) as found_by_module:
-                    found = encode(sparse, images, mask, stages, cell)
+                found = run_sparse()
             except _UNSUITABLE as error:
                 raise _unless_refusal(error, backbone, "cannot be masked") from error
-            if not all(_agree(_visible(f, e), e) for f, e in zip(found, expected, strict=True)):
-                if training and not _same(expected, features(plain, crops, stages)):
-                    raise SparseUnsupported(
-                        f"{type(backbone).__name__} draws random numbers outside of dropout layers, so its training "
-                        "mode cannot be checked; build it without, or use the packed backend"
-                    )
-                raise SparseUnsupported(_culprit(plain, expected_by_module, found_by_module))
+            if all(map(_agree, found, expected)):
+                continue
+            if training and not all(map(torch.equal, expected, run_plain())):
+                raise SparseUnsupported(
+                    f"{type(backbone).__name__} draws random numbers outside of dropout layers, so its training "
+                    "mode cannot be checked; build it without, or use the packed backend"
+                )
+            raise SparseUnsupported(_culprit(plain, _outputs(plain, run_plain), _outputs(sparse, run_sparse)))
 
 
 def _randomise(net: nn.Module, generator: torch.Generator) -> None:
@@ -102,8 +108,7 @@ def _set_mode(net: nn.Module, training: bool) -> None:
             module.eval()
 
 
-@contextmanager
-def _outputs(net: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+def _outputs(net: nn.Module, run: Callable[[], object]) -> list[tuple[str, Tensor]]:
     """What each module returned, in the order in which they finished."""
     outputs: list[tuple[str, Tensor]] = []
 
@@ -116,10 +121,11 @@ def _outputs(net: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
 
     handles = [module.register_forward_hook(record(name)) for name, module in net.named_modules()]
     try:
-        yield outputs
+        run()
     finally:
         for handle in handles:
             handle.remove()
+    return outputs
 
 
 def _visible(found: Tensor, expected: Tensor) -> Tensor:
@@ -135,10 +141,6 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape:
         return False
     return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
-
-
-def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _culprit(net: nn.Module, expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]) -> str:

@@ -1,5 +1,6 @@
 """Which mask the dense encoder's layers run under: a context variable, never a global."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -53,8 +54,10 @@ class Mask:
         """Gradient hook of the encoder's maps: offers this mask to layers that checkpointing recomputes."""
         task = torch._C._current_graph_task_id()
         masks = _masks_in_backward(task)
-        if self not in masks:
-            _BACKWARD.set((task, [*masks, self]))
+        if (
+            self not in masks
+        ):  # weakly: the variable outlives the backward pass, the mask and its backbone need not
+            _BACKWARD.set((task, [weakref.ref(m) for m in (*masks, self)]))
 
 
 class _Traced:
@@ -68,7 +71,7 @@ class _Traced:
 
 
 _ACTIVE: ContextVar[Mask | None] = ContextVar("leaven_spark_mask", default=None)
-_BACKWARD: ContextVar[tuple[int, list[Mask]]] = ContextVar("leaven_spark_backward")
+_BACKWARD: ContextVar[tuple[int, list[weakref.ref[Mask]]]] = ContextVar("leaven_spark_backward")
 _TRACED = _Traced()
 
 
@@ -129,4 +132,4 @@ def _mask_of_recomputation(module: nn.Module) -> Mask | None:
 
 def _masks_in_backward(task: int) -> list[Mask]:
     noted, masks = _BACKWARD.get((-1, []))
-    return masks if noted == task else []
+    return [mask for ref in masks if (mask := ref()) is not None] if noted == task else []

@@ -83,6 +83,8 @@ def view(func: Any, x: SparseMap, *shape: Any) -> Any:
     old, new = tuple(x.shape), list(_ints(shape))
     if -1 in new:
         new[new.index(-1)] = prod(old) // -prod(new)
+    if prod(new) != prod(old):
+        refuse(func, f"from {old} to {tuple(new)}: the sizes do not fit")
     height, width = (g * x.r for g in x.geo.grid)
     tags, channels = "", []
     for left, right in factor(old, new):

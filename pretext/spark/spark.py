@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from leaven.backbones import Stage, create, resolve, save, unused_parameters
 from leaven.backbones import stages as backbone_stages
-from leaven.backbones.probe import untouched
+from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, untouched
 from leaven.pretext.output import Output
 from leaven.pretext.spark.decoder import Densify, LightDecoder
 from leaven.pretext.spark.dense import dense_encode
@@ -76,7 +76,7 @@ class SparK(nn.Module):
             )
             for s in self.stages
         )
-        self.in_chans = next(m.in_channels for m in self.backbone.modules() if isinstance(m, nn.Conv2d))
+        self.in_chans = _in_chans(self.backbone)
         self.decoder = LightDecoder(reduction, decoder_width, self.in_chans)
         self.backend, self.backend_reason = self._choose_backend(backend)
         unused = unused_parameters(self.backbone, self.stages)
@@ -178,6 +178,12 @@ class SparK(nn.Module):
             except SparseUnsupported as error:
                 unswap(self.backbone)
                 refused.append(error)
+            except UNSUITABLE as error:  # of the backbone itself
+                unswap(self.backbone)
+                size = f"{self.mask_cell}x{2 * self.mask_cell}"
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                name = type(self.backbone).__name__
+                refused.append(SparseUnsupported(f"{name} does not run on {size} px: {reason}"))
             else:
                 reason = f"packed refused: {refused[0]}" if refused else "asked for"
                 return candidate, reason if backend != "auto" or refused else "the faster wherever measured"
@@ -215,6 +221,13 @@ def choose_stages(found: Sequence[Stage], reductions: Sequence[int] | None) -> t
             f"SparK needs feature maps whose reductions are powers of two from 4 on; this backbone has {have}"
         )
     return chosen
+
+
+def _in_chans(backbone: nn.Module) -> int:
+    """Channels of the images that the backbone takes."""
+    with untouched(backbone), torch.no_grad():
+        image, _ = first_that_runs(backbone, candidate_images(backbone, None))
+    return image.shape[1]
 
 
 def _own_norm(backbone: nn.Module) -> str:

@@ -23,6 +23,7 @@ def write_card(
     data: Sequence[str],
     how: Sequence[str],
     results: Sequence[tuple[str, str]],
+    in_chans: int = 3,
 ) -> None:
     """Write README.md.
 
@@ -33,16 +34,18 @@ def write_card(
         data: lines about the data, with what must be known before the results are believed.
         how: lines about training and evaluation; all settings are in config.yaml.
         results: (what, value), in the order to show.
+        in_chans: channels that the backbone reads.
 
     Raises:
         UserError: it cannot be written.
     """
     name = backbone.removeprefix("tv:")
-    plain = f"timm.create_model({name!r}, num_classes=0)"
+    channels = "" if in_chans == 3 else f", in_chans={in_chans}"
+    package, plain = "timm", f"timm.create_model({name!r}, num_classes=0{channels})"
     if backbone.startswith("tv:"):
-        plain = f"torchvision.models.get_model({name!r})"
+        package, plain = "torchvision", f"torchvision.models.get_model({name!r})"
     elif ":" in backbone:
-        plain = f"{backbone.replace(':', '.')}()"
+        package, plain = backbone.split(":")[0], f"{backbone.replace(':', '.')}({channels[2:]})"
     pictures = sorted(path.name for path in run.plots.glob("*.png"))
     versions = ", ".join([f"Python {platform.python_version()}", *(f"{p} {_version(p)}" for p in _PACKAGES)])
     lines = [
@@ -53,7 +56,9 @@ def write_card(
         "## Use",
         "",
         "```python",
+        f"import {package}",
         "from safetensors.torch import load_file",
+        "",
         f"backbone = {plain}",
         'backbone.load_state_dict(load_file("backbone.safetensors"))',
         "```",

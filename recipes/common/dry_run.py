@@ -1,5 +1,6 @@
 """``--dry-run``: does a recipe work here, with this backbone and these flags? No data, two updates."""
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ from leaven.backbones import load, resolve
 from leaven.recipes.common.checkpoint import listing
 from leaven.recipes.common.checkpoint import load as load_checkpoint
 from leaven.recipes.common.data import Data
-from leaven.recipes.common.flags import to_yaml
+from leaven.recipes.common.flags import UserError, to_yaml
 from leaven.recipes.common.run_folder import RunFolder
 from leaven.recipes.common.sources import ArraySource
 from leaven.recipes.common.start import LoopSettings
@@ -26,7 +27,12 @@ def dry_run(train: Callable[[S, Data], None], settings: S) -> None:
     Args:
         train: the recipe; it prints and writes its run folder as always.
         settings: of a real run; what makes it long or needs data is replaced.
+
+    Raises:
+        UserError: more than one process.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--dry-run is for one process: leave the launcher out, or give it --num_processes 1")
     print(to_yaml(settings))
     size = settings.image_size or (64, 64)
     batch = min(settings.batch_size, 4)
@@ -42,6 +48,7 @@ def dry_run(train: Callable[[S, Data], None], settings: S) -> None:
             save_every=1,
             keep=2,
             resume=None,
+            log_with=None,
             output_dir=str(run.path),
         )
         data = noise(2 * batch * settings.grad_accum_steps, size, settings.in_chans)

@@ -9,12 +9,13 @@ runs/spark-convnext_t-20260101-120000/
     plots/
 """
 
+import atexit
 import json
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,17 @@ def open_run(recipe: str, backbone: str, *, output_dir: str | None, resume: str 
     return _writable(RunFolder(path))
 
 
+def _remove_if_empty(path: Path) -> None:
+    with suppress(OSError):
+        path.rmdir()
+
+
 def _writable(run: RunFolder) -> RunFolder:
     """Create the folder and try it: permission bits do not tell (read-only mounts, root)."""
     probe = run.path / f".writable-{os.getpid()}"
+    if not run.path.exists():
+        # A run that is refused later on, for its backbone say, should leave no empty folder behind.
+        atexit.register(_remove_if_empty, run.path)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         try:

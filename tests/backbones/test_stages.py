@@ -374,6 +374,9 @@ def test_reduction_refuses_what_is_no_map() -> None:
     assert reduction((224, 256), (49, 49)) is None  # attention among 7x7 tokens
     assert reduction((224, 256), (256, 224)) is None
     assert reduction((224, 224), (448, 448)) is None
+    assert reduction((224, 256), (25, 32)) is None  # nothing crops one side alone
+    assert reduction((224, 256), (64, 72)) is None  # nor grows both
+    assert reduction((224, 256), (25, 29)) == 8
     assert reduction((224, 256), (16, 18)) == 14
 
 
@@ -419,6 +422,11 @@ def test_refusals_are_one_line(make, message: str) -> None:
 def test_image_size_serves_a_net_of_one_size() -> None:
     assert table(stages(Picky(), image_size=48)) == [("conv", 4, 2)]
     assert table(stages(Picky(), image_size=(48, 48))) == [("conv", 4, 2)]
+
+
+def test_nets_of_one_size_get_the_size_that_they_note() -> None:
+    assert stages(timm.create_model("vit_tiny_patch16_384"))[0].channels == 192
+    assert stages(timm.create_model("vit_tiny_patch16_224", img_size=96))[0].channels == 192
 
 
 def test_grey_images() -> None:

@@ -1,11 +1,13 @@
 """The dense masked encoder: its mask, its conversion, its refusals. Exactness on real nets: test_spark_exact.py."""
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -191,6 +193,15 @@ def test_mask_that_does_not_fit(nets: Any, mask: Tensor, reason: str) -> None:
     model, maps = nets[0]
     with pytest.raises(ValueError, match=reason):
         dense_encode(model, draw(0)[0], mask, maps)
+
+
+def test_nothing_outlives_the_backward_pass() -> None:
+    model = create("test_convnext")
+    maps, gone = maps_of(model), weakref.ref(model)
+    squares(dense_encode(model, *draw(0), maps)).backward()
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 # The conversion
@@ -485,16 +496,17 @@ def attention(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-def timm_norm(name: str) -> nn.Module:
+def timm_layer(name: str, *args: Any, **kwargs: Any) -> nn.Module:
     import timm
 
-    layer: nn.Module = getattr(timm.layers, name)(8, **({"groups": 2} if "Evo" in name else {}))
+    layer: nn.Module = getattr(timm.layers, name)(*args, **kwargs)
     return layer
 
 
 ACCEPTED = {
-    "group standard deviation": lambda: timm_norm("EvoNorm2dS0"),
-    "mean square": lambda: timm_norm("FilterResponseNormTlu2d"),
+    "gate with a convolution over channels": lambda: timm_layer("EcaModule", 8),
+    "group standard deviation": lambda: timm_layer("EvoNorm2dS0", 8, groups=2),
+    "mean square": lambda: timm_layer("FilterResponseNormTlu2d", 8),
     "own channels-first norm": ChannelsFirstNorm,
     "gelu": lambda: nn.GELU(),
     "bias in front of a convolution": lambda: lambda x: x + 1.0,
@@ -529,6 +541,14 @@ REFUSED = {
 def test_accepted(kind: str) -> None:
     model = Toy(ACCEPTED[kind]())
     convert(model, (Stage("last", 8, 4),), CELL)
+
+
+def test_maps_are_zero_at_hidden_positions_whatever_made_them() -> None:
+    images, mask = draw(13)
+    model = Toy(lambda x: x + 1.0)
+    nn.init.ones_(model.block.scale)  # type: ignore[arg-type]
+    maps = dense_encode(model, images, mask, (Stage("block", 8, 4),))
+    assert hidden_values(maps, mask) == 0
 
 
 @pytest.mark.parametrize("kind", REFUSED)

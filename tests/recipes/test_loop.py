@@ -99,6 +99,19 @@ def test_masks_are_keyed_by_update_micro_step_and_process() -> None:
     assert draws == [torch.rand(4, generator=keyed_generator(*key)).tolist() for key in keys]
 
 
+def test_the_loop_asks_for_masks_by_those_keys(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leaven.recipes.common import loop
+
+    asked: list[tuple[Any, ...]] = []
+    original = loop.keyed_generator
+    monkeypatch.setattr(loop, "keyed_generator", lambda *key: (asked.append(key), original(*key))[1])
+    monkeypatch.setattr(loop.Accelerator, "process_index", property(lambda self: 7), raising=False)
+    tiny("keys", "--seed", "3", "--epochs", "1", "--limit-batches", "4", "--grad-accum-steps", "2")
+    assert asked == [(3, update, micro, "process 7") for update in (0, 1) for micro in (0, 1)]
+
+
 def test_accumulation_is_the_mean_over_its_batches(tiny: Callable[..., Path]) -> None:
     """At learning rate zero the gradient norm of an update of two batches follows from theirs, batch by batch."""
     flags = ("--opt", "sgd", "--lr", "0", "--weight-decay", "0", "--epochs", "1", "--limit-batches", "4")

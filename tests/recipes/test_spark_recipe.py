@@ -29,7 +29,7 @@ from recipe_programs import (
 
 from leaven.pretext.spark import sample_mask
 from leaven.recipes.common.checkpoint import listing, load
-from leaven.recipes.common.flags import run_main
+from leaven.recipes.common.flags import UserError, run_main
 
 Recipe = Callable[[Path], ModuleType]
 Main = Callable[..., Path]
@@ -194,6 +194,24 @@ def test_a_dry_run_needs_no_data_and_checks_resume_and_export(
     assert "resumed from update-000000001.pt; weights differ by at most 0 " in said
     assert "everything works here" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_s_code_loads_a_grey_backbone(spark: Main) -> None:
+    folder = spark(
+        "out", "--in-chans", "1", "--epochs", "1", "--limit-batches", "1", "--backbone", "test_resnet"
+    )
+    code = (folder / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    assert "in_chans=1" in code
+    names: dict[str, Any] = {}
+    exec(code.replace('"backbone.safetensors"', repr(str(folder / "backbone.safetensors"))), names)
+    names["backbone"].eval()
+    assert names["backbone"](torch.zeros(1, 1, 64, 64)).isfinite().all()
+
+
+def test_a_dry_run_by_two_processes_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--dry-run is for one process"):
+        recipe(SPARK).main(["--backbone", "test_convnext", "--dry-run"])
 
 
 # --- presets -----------------------------------------------------------------------------------------------------
@@ -424,3 +442,4 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
     assert refused.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
