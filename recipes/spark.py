@@ -99,13 +99,13 @@ def train(settings: SparkSettings, data: Data) -> None:
     accelerator.print("\n".join(about + how))
 
     untrained, before = copy.deepcopy(spark.backbone), 0.0
-    if accelerator.is_main_process:
-        before = held_out_loss(judge(spark, images), images, settings.probe_images)
-        print(f"held-out masked loss before training: {before:.4f}")
-    spark = synchronised(spark, accelerator)
     optimizer = make_optimizer(spark, settings)
     loader, to_pixels = images.train(settings.crop_scale, accelerator)
     plan = Plan.of(loader.batch_sampler, settings)
+    if accelerator.is_main_process:
+        before = held_out_loss(judge(spark, images), images, settings.probe_images)
+        print(f"held-out masked loss before training: {before:.4f}")
+    spark = synchronised(spark, accelerator)  # its parameters stay the optimizer's
 
     def forward(model: nn.Module, batch: Any, generator: torch.Generator) -> Output:
         pixels = to_pixels(batch[0])

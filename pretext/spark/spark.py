@@ -50,7 +50,7 @@ class SparK(nn.Module):
         mask_cell: int | None = None,
     ) -> None:
         super().__init__()
-        self.name = resolve(backbone) if isinstance(backbone, str) else type(backbone).__name__
+        self.name = resolve(backbone) if isinstance(backbone, str) else None
         self.backbone = create(backbone)
         self.mask_ratio = mask_ratio
         self.stages = choose_stages(backbone_stages(self.backbone), stages)
@@ -61,10 +61,12 @@ class SparK(nn.Module):
                 f"mask_cell={self.mask_cell} is not a multiple of {reduction}, the reduction of the smallest map used; "
                 "leave deeper maps out with stages= for smaller cells"
             )
-        if decoder_width % reduction:
+        if decoder_width % reduction or decoder_width < reduction:
             raise ValueError(
-                f"decoder_width={decoder_width} must be divisible by {reduction}: it halves per level"
+                f"decoder_width={decoder_width} must be a multiple of {reduction}: it halves per level"
             )
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"mask_ratio={mask_ratio} must be between 0 and 1")
         if backend not in ("auto", "packed", "dense"):
             raise ValueError(f"unknown backend {backend!r}: auto, packed or dense")
         if densify_norm not in ("auto", "bn", "ln", "none"):
@@ -133,11 +135,13 @@ class SparK(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings in force."""
-        return (
-            f"{self.name}, backend={self.backend}, mask_ratio={self.mask_ratio}, mask_cell={self.mask_cell}"
-        )
+        name = self.name or type(self.backbone).__name__
+        return f"{name}, backend={self.backend}, mask_ratio={self.mask_ratio}, mask_cell={self.mask_cell}"
 
     def _geometry(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Geometry]:
+        if images.ndim != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
+            shape = f"{tuple(images.shape)} of {images.dtype}"
+            raise ValueError(f"images must be normalised floats (B, {self.in_chans}, H, W), got {shape}")
         grid = self.mask_grid(*images.shape[-2:])
         if mask is None:
             mask = sample_mask(images.shape[0], grid, self.mask_ratio)

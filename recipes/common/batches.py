@@ -36,6 +36,8 @@ def build_backbone(settings: CommonSettings, size: Size, drop_path: float | None
     """
     from leaven.backbones import WeightsMismatch, create, load
 
+    if drop_path is not None and not 0 <= drop_path < 1:
+        raise UserError(f"--drop-path {drop_path} must be at least 0 and below 1")
     pretrained = settings.init == "pretrained"
     try:
         with user_errors(ValueError):
@@ -106,6 +108,10 @@ class Images:
             The loader, and what makes images (B, C, H, W) of the first part of its batches: with
             ``--augment-on device`` that part is whole images and boxes, and cropping is yet to be done.
         """
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise UserError(
+                f"--crop-scale {scale[0]},{scale[1]} must be two shares of the area, the smaller first"
+            )
         settings, rank, processes = self.settings, accelerator.process_index, accelerator.num_processes
         sampler = KeyedBatchSampler(len(self.data.train), settings.batch_size, settings.seed, rank, processes)
         augment = None

@@ -75,13 +75,13 @@ def load(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise CheckpointError(f"checkpoint {path} is damaged (checksum of {damaged} does not match)")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         if isinstance(error, CheckpointError):
             raise
         what = error.strerror if isinstance(error, OSError) else "it is truncated or not a checkpoint"
         raise CheckpointError(f"cannot read checkpoint {path}: {what}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"cannot read checkpoint {path}: it holds no training state")
+    if not isinstance(state, dict) or not {"update", "identity", "model", "optimizer"} <= state.keys():
+        raise CheckpointError(f"cannot read checkpoint {path}: it holds no training state of this loop")
     return state
 
 
@@ -114,7 +114,10 @@ def load_newest(folder: Path, *, fall_back: bool) -> tuple[Path, dict[str, Any],
                 raise CheckpointError(f"{error}{hint}") from error
             notes.append(f"{error}: skipped")
     if paths:
-        raise CheckpointError(f"all {len(paths)} checkpoints in {folder} are damaged: {'; '.join(notes)}")
+        raise CheckpointError(
+            f"all {len(paths)} checkpoints in {folder} are damaged: {'; '.join(notes)}; "
+            "start anew with another --output-dir"
+        )
     return None
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -158,6 +159,7 @@ def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
     from leaven.backbones import NoStages, UnknownBackbone, WeightsMismatch
     from leaven.pretext.spark import SparseUnsupported
 
+    warnings.formatwarning = _one_line
     named = (UserError, UnknownBackbone, NoStages, WeightsMismatch, SparseUnsupported)
     known: tuple[type[Exception], ...] = named + errors
     try:
@@ -173,6 +175,11 @@ def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
             # The launcher ends all ranks as soon as it sees one fail: leave rank 0 the time to say why.
             time.sleep(10)
         sys.exit(2)
+
+
+def _one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
+    """Warnings by name, without the place in our code that raised them."""
+    return f"warning: {message} ({category.__name__})\n"
 
 
 class _Parser(argparse.ArgumentParser):

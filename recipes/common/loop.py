@@ -102,8 +102,8 @@ def fit(
                 training.save(update)
     if signum:
         accelerator.print(
-            f"stopped by signal {signum}: update {update} of {plan.total} is saved in {run.path}; "
-            "go on with --resume auto"
+            f"stopped by signal {signum}: update {update} of {plan.total} is saved; "
+            f"go on with --output-dir {run.path} --resume auto"
         )
         accelerator.end_training()
         sys.exit(exit_code(signum))

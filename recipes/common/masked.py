@@ -76,7 +76,7 @@ def draw_reconstructions(model: SparK, images: Images, path: Path) -> None:
         "predicted where hidden": pasted,
     }
     caption = (
-        "Each predicted patch has the mean and contrast of the true one, as in the paper's figures: "
-        "the loss does not ask for them.\nVisible patches carry no loss; what is predicted there means nothing."
+        "Each predicted patch is given the brightness and contrast of the true one, as in the paper's figures: "
+        "only its pattern is predicted.\nVisible patches carry no loss; what is predicted there means nothing."
     )
     image_table(columns, path, mean=images.mean, std=images.std, caption=caption)

@@ -38,9 +38,12 @@ def make_optimizer(objective: nn.Module, settings: LoopSettings) -> Optimizer:
     decay = max(settings.weight_decay, settings.weight_decay_end or 0.0)
     own: Any = getattr(objective, "no_weight_decay", tuple)  # timm's convention for a model's own exceptions
     groups = optim.param_groups_weight_decay(objective, decay, no_weight_decay_list={*own(), *_NO_DECAY})
-    optimizer: Optimizer = optim.create_optimizer_v2(
-        groups, name, lr=settings.lr, weight_decay=decay, **kwargs
-    )
+    try:
+        optimizer: Optimizer = optim.create_optimizer_v2(
+            groups, name, lr=settings.lr, weight_decay=decay, **kwargs
+        )
+    except ValueError as error:  # a rate or a decay out of range
+        raise UserError(f"--opt {settings.opt}: {error}") from error
     if clips_itself(optimizer):
         optimizer.defaults["max_grad_norm"] = settings.clip_grad  # where LAMB's step reads it
     return optimizer

@@ -94,7 +94,7 @@ class Training:
         try:
             self._load(state, changed=bool(changed))
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).split("\n")[0]
+            reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"checkpoint {path} does not fit this model or optimizer: {reason}"
             ) from error

@@ -173,7 +173,7 @@ class TolerantSource:
         """The error, with the first few named."""
         names = ", ".join(self.bad_images(NAMED))
         if self.bad_count == len(self):
-            return TooManyBadImages(f"none of the {len(self)} images can be read: {names}")
+            return TooManyBadImages(f"none of the {len(self)} images of this split can be read: {names}")
         return TooManyBadImages(
             f"{self.bad_count} unreadable images, more than --max-bad-images {self.max_bad_images}: {names}"
             f"{', ...' if self.bad_count > NAMED else ''}; repair or remove them, or allow more"

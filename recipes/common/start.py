@@ -19,6 +19,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from leaven.backbones import resolve as known_backbone
 from leaven.recipes.common.flags import CommonSettings, UserError, flag, parse
 from leaven.recipes.common.launcher import asked_processes, find_launcher, set_threads
 from leaven.recipes.common.run_folder import RunFolder, open_run
@@ -95,9 +96,10 @@ def start(settings: S, recipe: str) -> tuple[Accelerator, RunFolder, S]:
     if asked is not None and asked != state.num_processes:
         raise UserError(
             f"accelerate launch was asked for {asked} processes and started {state.num_processes}: "
-            "it starts several only with --multi_gpu, on CPUs too"
+            f"use `accelerate launch --multi_gpu --num_processes {asked}`, on CPUs too, and no --cpu"
         )
     settings = resolve(settings, state.num_processes, os.environ)
+    known_backbone(settings.backbone)  # before a run folder is made for a typo
     if settings.mixed_precision == "fp16" and state.device.type == "cpu":
         raise UserError("--mixed-precision fp16 needs a GPU; on this machine use bf16 or no")
     trackers = tracker_names(settings.log_with)

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -105,9 +106,11 @@ def test_smaller_and_larger_mask_cells() -> None:
     ("settings", "message"),
     [
         ({"mask_cell": 16}, "mask_cell=16 is not a multiple of 32"),
-        ({"decoder_width": 100}, "decoder_width=100 must be divisible by 32"),
+        ({"decoder_width": 100}, "decoder_width=100 must be a multiple of 32"),
         ({"stages": (4, 7)}, r"no map of reduction \[7\]"),
         ({"stages": ()}, "no map of reduction"),
+        ({"decoder_width": 0}, "decoder_width=0 must be a multiple of 32"),
+        ({"mask_ratio": 2.0}, "mask_ratio=2.0 must be between 0 and 1"),
         ({"backend": "spconv"}, "unknown backend 'spconv': auto, packed or dense"),
         ({"densify_norm": "gn"}, "unknown densify_norm 'gn': auto, bn, ln or none"),
     ],
@@ -121,6 +124,13 @@ def test_inputs_that_do_not_fit_say_so() -> None:
     spark = SparK("resnet18", decoder_width=64)
     with pytest.raises(ValueError, match="100x96 is not a multiple of the mask cell 32; try 96x96"):
         spark(torch.zeros(1, 3, 100, 96))
+    for images in (
+        torch.zeros(3, 64, 64),
+        torch.zeros(1, 1, 64, 64),
+        torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
+    ):
+        with pytest.raises(ValueError, match=r"images must be normalised floats \(B, 3, H, W\), got"):
+            spark(images)
     with pytest.raises(ValueError, match=r"mask must be \(B, fh, fw\) = \(2, 2, 3\)"):
         spark(_images(), torch.ones(2, 3, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="some must be visible and some hidden"):
@@ -343,6 +353,18 @@ def test_exported_weights_load_strictly_into_plain_libraries(tmp_path: Path) -> 
         spark.export(tmp_path / "backbone.safetensors")
         plain.load_state_dict(load_file(tmp_path / "backbone.safetensors"), strict=True)
         assert torch.equal(plain.eval()(images), spark.backbone.eval()(images))
+
+
+def test_a_module_without_a_name_is_exported_without_one(tmp_path: Path) -> None:
+    class resnet18(nn.Sequential):  # named as one of timm's, which it is not
+        pass
+
+    net = resnet18(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 16, 2, 2))
+    spark = SparK(net, decoder_width=32)
+    spark.export(tmp_path / "own.safetensors")
+    with safe_open(tmp_path / "own.safetensors", "pt") as file:
+        assert "backbone" not in file.metadata()
+    net.load_state_dict(load_file(tmp_path / "own.safetensors"), strict=True)
 
 
 def test_mask_tokens_are_not_decayed() -> None:

@@ -184,6 +184,20 @@ def test_backends_agree_on_the_first_update(spark: Main, backend: str) -> None:
     assert first["loss"] == pytest.approx(auto["loss"], rel=1e-5)
 
 
+def test_masks_come_from_the_loop_s_keyed_generators(spark: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leaven.recipes.common.loop import keyed_generator
+
+    seeds: list[int] = []
+
+    def draw(batch: int, grid: tuple[int, int], ratio: float, generator: torch.Generator) -> torch.Tensor:
+        seeds.append(generator.initial_seed())
+        return sample_mask(batch, grid, ratio, generator)
+
+    monkeypatch.setattr(sys.modules["recipe_under_test_spark"], "sample_mask", draw)
+    spark("out", "--epochs", "1", "--limit-batches", "2", "--seed", "5")
+    assert seeds == [keyed_generator(5, update, 0, "process 0").initial_seed() for update in (0, 1)]
+
+
 def test_a_dry_run_needs_no_data_and_checks_resume_and_export(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
