@@ -49,8 +49,8 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def candidate_images(model: nn.Module, image_size: ImageSize) -> Iterator[Tensor]:
     """Images (1, C, H, W) to try in turn, in the model's dtype and on its device.
 
-    The first is not square, so that the layout of a map (NCHW or NHWC) cannot be mistaken; nets of one size
-    refuse it and get the size that they note.
+    A net of one size gets that size. Any other gets an image that is not square, so that the layout of a
+    map (NCHW or NHWC) cannot be mistaken.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for height, width in _sizes(model, image_size):
@@ -79,7 +79,10 @@ def _sizes(model: nn.Module, image_size: ImageSize) -> list[tuple[int, int]]:
     own = [getattr(getattr(model, "patch_embed", None), "img_size", None), getattr(model, "image_size", None)]
     own.append(tuple(config["input_size"][1:]) if config.get("input_size") else None)
     known = [(s, s) if isinstance(s, int) else tuple(s) for s in own if s is not None]
-    return [(224, 256), *known, (224, 224), (32, 32)]
+    free = [(224, 256), (224, 224), (32, 32)]
+    # a net of one size may fail in any way at another (MViTv2: IndexError), so that its own comes first
+    sized = bool(config.get("fixed_input_size")) or own[0] is not None or own[1] is not None
+    return [*known, *free] if sized else [free[0], *known, *free[1:]]
 
 
 def _channels(model: nn.Module) -> list[int]:

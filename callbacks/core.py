@@ -90,7 +90,6 @@ class Attached:
         _check_claims(self.callbacks)
         _check_obstacles(model, self.callbacks)
         self._optimizers = unwrap_optimizers(optimizer)
-        _check_ours(model, self._optimizers)
         self._round = [0] * len(self._optimizers)  # updates of each optimizer since the last count
         self._optimizers_report = False
         self._watched_updates = 0
@@ -263,18 +262,6 @@ def _check_obstacles(model: nn.Module, callbacks: Sequence[Callback], ignored: s
         refused = [callback.name for callback in callbacks if kind not in callback.supports]
         if refused and kind != ignored:
             raise AttachError(f"cannot attach {', '.join(refused)} to {type(model).__name__}: {line}")
-
-
-def _check_ours(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    ours = {id(parameter) for parameter in model.parameters()}
-    for optimizer in optimizers:
-        if not any(
-            id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]
-        ):
-            raise AttachError(
-                f"{type(optimizer).__name__} holds no parameter of {type(model).__name__}: "
-                "attach the optimizer that trains this model"
-            )
 
 
 def _check_plain(value: Any, owner: str) -> None:

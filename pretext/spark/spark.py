@@ -66,7 +66,7 @@ class SparK(nn.Module):
                 f"decoder_width={decoder_width} must be a multiple of {reduction}: it halves per level"
             )
         if not 0 < mask_ratio < 1:
-            raise ValueError(f"mask_ratio={mask_ratio} must be between 0 and 1")
+            raise ValueError(f"mask ratio {mask_ratio} must be between 0 and 1")
         if backend not in ("auto", "packed", "dense"):
             raise ValueError(f"unknown backend {backend!r}: auto, packed or dense")
         if densify_norm not in ("auto", "bn", "ln", "none"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -134,7 +135,9 @@ def to_yaml(settings: Any) -> str:
     """All settings as YAML that `from_yaml`, and `--config`, read back to equal settings."""
     values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    # Unescaped, PyYAML would fold the line breaks of other scripts (U+0085, U+2028) into blanks.
+    readable = json.dumps(plain, ensure_ascii=False).isprintable()
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=readable)
 
 
 def from_yaml(settings_class: type[S], text: str) -> S:

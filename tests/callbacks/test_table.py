@@ -372,14 +372,6 @@ def gradients_differ_between_ranks() -> bool:
     model = DDP(net)  # a temporary one would be gone, with its all-reduce, before backward
     F.cross_entropy(model(images), labels).backward()
     assert net.stem.weight.grad is not None
-    print(
-        "DBG",
-        agree(net.stem.weight.grad),
-        agree(keeps.seen),
-        net.stem.weight.grad.flatten()[:3],
-        keeps.seen.flatten()[:3],
-        file=sys.stderr,
-    )
     return agree(net.stem.weight.grad) and not agree(keeps.seen)
 
 

@@ -406,6 +406,7 @@ norm = nn.SyncBatchNorm(5).double().train()
 y = masked_batch_norm(norm, x, visible)
 (y * visible).pow(3).sum().backward()
 torch.save((y.detach(), x.grad, norm.weight.grad, norm.state_dict()), f"{folder}/{rank}.pt")
+torch.distributed.barrier()  # a rank that leaves early aborts the other
 torch.distributed.destroy_process_group()
 """
 

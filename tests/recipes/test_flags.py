@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from leaven.recipes.common.flags import CommonSettings, UserError, flag, from_yaml, parse, run_main, to_yaml
@@ -122,6 +122,7 @@ def test_precedence_is_default_preset_file_flag(tmp_path):
     assert parse(Settings, [], presets=presets) == Settings()
 
 
+@example(1.0, None, (), ("\x85", "\u2028x", "a\nb", "\udce9"), "Ä ", "no", True, None)
 @given(
     lr=st.floats(0, 1e3),
     size=st.none() | st.tuples(st.integers(1, 999), st.integers(1, 999)),
@@ -153,6 +154,7 @@ def test_a_written_config_is_a_config(tmp_path):
         Settings, ["--lr", "1e-4", "--image-size", "96x128", "--data", "bild/größe 1", "--no-fast"]
     )
     assert parse(Settings, ["--config", file(tmp_path, to_yaml(settings))]) == settings
+    assert "data: bild/größe 1\n" in to_yaml(settings)
     assert list(yaml.safe_load(to_yaml(settings))) == [f.name for f in dataclasses.fields(Settings)]
 
 

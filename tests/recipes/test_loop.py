@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ from recipe_programs import (
     wait_until_gone,
 )
 
-from leaven.recipes.common.checkpoint import CheckpointError, listing
+from leaven.recipes.common.checkpoint import CheckpointError, listing, load
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.loop import NonFiniteLoss
 from leaven.recipes.common.progress import Progress
@@ -221,6 +222,14 @@ def test_a_signal_at_any_update_then_resume_is_the_uninterrupted_run(
     assert equal_runs(whole, tiny("broken", "--resume", "auto"))
 
 
+def test_the_checkpoint_knows_the_position_in_the_data(tiny: Callable[..., Path], whole: Path) -> None:
+    with pytest.raises(SystemExit):
+        tiny("broken", "--kill-at", "8")
+    for folder, epoch, position in ((whole, 3, 0), (Path("broken"), 1, 3)):
+        sampler = load(listing(folder / "checkpoints")[0])["sampler"]
+        assert (sampler["epoch"], sampler["position"]) == (epoch, position)
+
+
 def test_many_interruptions_are_as_good_as_none(tiny: Callable[..., Path], whole: Path) -> None:
     for update in (3, 4, 10):
         with pytest.raises(SystemExit):
@@ -412,11 +421,16 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Any]]:
 def test_a_real_sigterm_to_whom_it_may_reach(
     tmp_path: Path, whole: Path, started: Callable[..., Any], who: str, launch: list[str]
 ) -> None:
-    """The run hangs in update 8 until a signal comes; workers are alive and have prefetched."""
+    """The signal comes while the run waits in update 8; workers are alive and have prefetched."""
     command = [*launch, TINY, *WORKERS, "--output-dir", "broken"]
     process = started(*command, "--hang-at", "8")
     wait_for_line(process, "waiting")
     (os.killpg if who == "group" else os.kill)(process.pid, signal.SIGTERM)
+    if launch == LAUNCH:
+        process.wait(60)  # its death is what sends the signal on
+    elif launch == TWO:
+        time.sleep(5)  # it hands the signal on in its own time, and stays
+    (tmp_path / "go").touch()
     process.communicate(timeout=60)
     wait_until_gone(tmp_path)
     if launch == [sys.executable]:

@@ -541,7 +541,7 @@ def test_too_many_broken_images_are_one_line_that_names_them(tmp_path, workers, 
 def test_a_folder_of_nothing_but_broken_images(tmp_path, workers):
     source = with_broken(tmp_path, 3, range(3))
     loader = make_loader(KeyedDataset(source, raw), KeyedBatchSampler(3, 1), workers)
-    with pytest.raises(TooManyBadImages, match="none of the 3 images can be read"):
+    with pytest.raises(TooManyBadImages, match="none of the 3 images of this split can be read"):
         list(loader)
 
 

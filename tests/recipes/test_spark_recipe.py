@@ -313,18 +313,18 @@ def test_sigterm_and_resume_are_the_uninterrupted_run(
 def test_two_processes_with_accumulation_and_workers_resume_exactly(tmp_path: Path) -> None:
     """SIGTERM to the launcher, which hands it to both."""
     flags = [*SMALL, *SHORT, "--backbone", "test_resnet", "--limit-batches", "6", "--grad-accum-steps", "2"]
-    flags += ["--drop-path", "0.3", "--workers", "1"]
+    flags += ["--drop-path", "0.3", "--workers", "1", "--epochs", "6"]
     done = run([*TWO, SPARK, *flags, "--output-dir", "whole"], tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     process = start([*TWO, SPARK, *flags, "--output-dir", "broken"], tmp_path)
     try:
-        wait_for_line(process, "update 2/6")
+        wait_for_line(process, "update 2/18")
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
     finally:
         kill_all(process)
     wait_until_gone(tmp_path)
-    assert 2 <= len(log_of(tmp_path / "broken")) < 6
+    assert 2 <= len(log_of(tmp_path / "broken")) < 18
     done = run([*TWO, SPARK, *flags, "--output-dir", "broken", "--resume", "auto"], tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     whole, broken = tmp_path / "whole", tmp_path / "broken"
