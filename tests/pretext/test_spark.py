@@ -206,7 +206,7 @@ def test_backends_agree_in_float64(net: str) -> None:
 def test_results_do_not_depend_on_the_number_of_threads(net: str, backend: str) -> None:
     """T7: 20 repeats under 1, 2 and as many threads as there are cores."""
     spark = SparK(net, decoder_width=32, backend=backend).double()  # type: ignore[arg-type]
-    images = _images(2, 32, 64).double()
+    images = _images(4, 64, 64).double()
     mask = _mask(spark, images)
     expected = _pass(spark, images, mask)
     threads = torch.get_num_threads()
