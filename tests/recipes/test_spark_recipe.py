@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -436,7 +436,7 @@ def test_a_disk_that_fills_up(
     if what == "checkpoint":
         monkeypatch.setattr("leaven.recipes.common.checkpoint.torch.save", full)
     elif what == "log":
-        monkeypatch.setattr("leaven.recipes.common.run_folder.json.dumps", full)
+        monkeypatch.setattr("leaven.recipes.common.run_folder.json", SimpleNamespace(dumps=full))
     elif what == "weights":
         monkeypatch.setattr("safetensors.torch.save_file", full)
     else:
