@@ -21,6 +21,11 @@ def moments(patches: Tensor) -> tuple[Tensor, Tensor]:
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision widened, float64 left alone."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def masked_loss(prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error to standardised patches, averaged over the hidden patches of the batch (SparK eq. 3).
 
@@ -30,9 +35,9 @@ def masked_loss(prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
         mask: bool (B, fh, fw), True = visible.
     """
     patch = images.shape[-1] // mask.shape[-1]
-    target = patchify(images.float(), patch)
+    target = patchify(at_least_float32(images), patch)
     mean, std = moments(target)
-    error = (patchify(prediction.float(), patch) - (target - mean) / std).square().mean(-1)
+    error = (patchify(at_least_float32(prediction), patch) - (target - mean) / std).square().mean(-1)
     hidden = (~mask).to(error.dtype)
     return (error * hidden).sum() / (hidden.sum() + 1e-8)
 
@@ -40,7 +45,7 @@ def masked_loss(prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
 def reconstruction(prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     """Predicted patches in the images' units where hidden, the images' own pixels where visible: (B, C, H, W)."""
     patch = images.shape[-1] // mask.shape[-1]
-    own = patchify(images.float(), patch)
+    own = patchify(at_least_float32(images), patch)
     mean, std = moments(own)
-    predicted = patchify(prediction.float(), patch) * std + mean
+    predicted = patchify(at_least_float32(prediction), patch) * std + mean
     return unpatchify(torch.where(mask.unsqueeze(-1), own, predicted), patch)
