@@ -212,16 +212,36 @@ class Attached:
     def _count(self) -> None:
         self._round = [0] * len(self._optimizers)
         self.progress.step += 1
+        if self.progress.step == self.progress.total_steps + 1:
+            warnings.warn(
+                f"update {self.progress.step} of total_steps={self.progress.total_steps}: schedules stand at "
+                "their end from here on; give attach the updates of the whole run, see leaven.callbacks.updates",
+                NoEffectWarning,
+                stacklevel=2,
+            )
         if self._paused:
             return
         if self._watched_updates == 0:  # FSDP may have sharded the model after attach; compiling it is fine
             _check_obstacles(self._whole, self.callbacks, ignored="compiled")
+            self._report_foreign_optimizers()
         with self._switch.off():  # observers see the plain model
             for callback in self.callbacks:
                 callback.update()
         self._watched_updates += 1
         if self._watched_updates == _SILENT_UPDATES:
             self._report_silent_hooks()
+
+    def _report_foreign_optimizers(self) -> None:
+        # Not in attach, and no error: who shards the model afterwards gets other parameters in both.
+        own = {id(parameter) for parameter in self._whole.parameters()}
+        for each in self._optimizers:
+            if own.isdisjoint(id(parameter) for group in each.param_groups for parameter in group["params"]):
+                warnings.warn(
+                    f"{type(each).__name__} updates no parameter of the {type(self._whole).__name__} that the "
+                    "callbacks are attached to: attach the model and its own optimizer",
+                    NoEffectWarning,
+                    stacklevel=2,
+                )
 
     def _report_silent_hooks(self) -> None:
         for name in dict.fromkeys(hook.owner for hook in self._hooks if not hook.fired):

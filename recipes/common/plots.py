@@ -10,13 +10,16 @@ from torch import Tensor
 from leaven.recipes.common.run_folder import writing
 
 
-def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+def loss_curve(
+    rows: Sequence[Mapping[str, Any]], path: Path, title: str, level: tuple[float, str] | None = None
+) -> None:
     """Loss by update, and its running mean over a fiftieth of the run.
 
     Args:
         rows: of metrics.jsonl.
         path: a .png file; missing folders are made.
         title: of the picture.
+        level: a loss worth a horizontal line, and what it means.
     """
     from matplotlib.figure import Figure
 
@@ -28,6 +31,8 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
     axes = figure.subplots()
     axes.plot(steps, losses.tolist(), linewidth=0.6, alpha=0.4, label="each update")
     axes.plot(steps[window - 1 :], smooth, linewidth=1.5, label=f"mean of {window}")
+    if level is not None:
+        axes.axhline(level[0], color="grey", linestyle="--", linewidth=0.8, label=level[1])
     axes.set(title=title, xlabel="update", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -117,10 +117,10 @@ class Training:
         if not changed:
             return []
         if before.get("opt") != now.get("opt"):
-            raise UserError(f"cannot resume with another optimizer: {', '.join(changed)}")
+            raise UserError(f"cannot resume {self.run.path} with another optimizer: {', '.join(changed)}")
         if not self.settings.resume_changed:
             raise UserError(
-                f"cannot resume exactly: {', '.join(changed)}; go back to the old values, "
+                f"cannot resume {self.run.path} exactly: {', '.join(changed)}; go back to the old values, "
                 "or add --resume-changed to go on all the same (not bit-equal)"
             )
         self.accelerator.print(f"warning: resuming with changes, not bit-equal: {', '.join(changed)}")

@@ -154,10 +154,10 @@ class TolerantSource:
         fresh = [index for index in bad if index not in self._named][: NAMED - len(self._named)]
         self._named.update(fresh)
         for index in fresh:
-            message = f"skipped {self.name(index)}: {self._reason(index)} ({so_far})"
+            message = f"replaced {self.name(index)} by the next image: {self._reason(index)} ({so_far})"
             warnings.warn(message, BadImageWarning, stacklevel=2)
         if not fresh and count >= 2 * self._reported:
-            warnings.warn(f"skipped more images: {so_far}", BadImageWarning, stacklevel=2)
+            warnings.warn(f"replaced more images: {so_far}", BadImageWarning, stacklevel=2)
         if fresh or count >= 2 * self._reported:
             self._reported = count
 

@@ -799,3 +799,25 @@ print([name for name in {heavy} if name in sys.modules and name not in before])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_more_updates_than_announced_are_reported_once() -> None:
+    model = TinyNet()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with attach(model, optimizer, Recorder(), total_steps=2) as attached:
+        for seed in range(2):
+            train_step(model, optimizer, seed)  # NoEffectWarning is an error here
+        with pytest.warns(NoEffectWarning, match="^update 3 of total_steps=2: schedules stand"):
+            train_step(model, optimizer, 2)
+        train_step(model, optimizer, 3)
+        assert (attached.progress.step, attached.progress.fraction) == (4, 1.0)
+
+
+def test_an_optimizer_of_another_model_is_reported() -> None:
+    model, other = TinyNet(), TinyNet()
+    optimizer = SGD(other.parameters(), lr=0.1)
+    with (
+        attach(model, optimizer, Recorder(), total_steps=9),
+        pytest.warns(NoEffectWarning, match="^SGD updates no parameter of the TinyNet"),
+    ):
+        train_step(other, optimizer, 0)

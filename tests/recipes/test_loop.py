@@ -305,7 +305,7 @@ def test_resume_with_other_settings_is_refused_by_name(
     with pytest.raises(SystemExit):
         tiny("broken", "--kill-at", "7")
     before = Path("broken/config.yaml").read_text(), Path("broken/metrics.jsonl").read_text()
-    with pytest.raises(UserError, match=f"^cannot resume exactly: {named}; .*--resume-changed"):
+    with pytest.raises(UserError, match=f"^cannot resume .* exactly: {named}; .*--resume-changed"):
         tiny("broken", "--resume", "auto", *flags)
     assert (Path("broken/config.yaml").read_text(), Path("broken/metrics.jsonl").read_text()) == before
 
@@ -389,8 +389,9 @@ def test_workers_that_ignore_signals_do_not_outlive_an_error(tmp_path: Path, kin
         assert "ZeroDivisionError" in done.stderr
     else:
         assert done.returncode == 2
-        assert done.stderr.startswith("error: loss is nan at update 3 of 15")
-        assert done.stderr.count("\n") == 1
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: This DataLoader")]
+        assert len(lines) == 1  # torch warns of two workers on one core
+        assert lines[0].startswith("error: loss is nan at update 3 of 15")
     wait_until_gone(tmp_path, 20)
 
 
