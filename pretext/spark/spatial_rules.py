@@ -100,11 +100,11 @@ def conv2d(
         values = F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias)
         return SparseMap(values, x.geo, x.r // s)
     if _keeps_size(x, (kh, kw), (s, s_w), padding, _pair(dilation)):
-        if x.geo.spconv and groups == 1:
-            return x.like(spconv_conv2d(x.values, x.geo, x.r, weight, bias, _pair(dilation)))
         # On GPUs the halo was never measured: there the dense map, which is one kernel.
         if not x.is_cuda and halo_pays(x.geo, x.r, _same_padding((kh, kw), _pair(dilation))):
             return x.like(halo_conv2d(x.values, x.geo, x.r, weight, bias, _pair(dilation), groups))
+        if x.geo.spconv and groups == 1:
+            return x.like(spconv_conv2d(x.values, x.geo, x.r, weight, bias, _pair(dilation)))
     return _packed(
         func, x, F.conv2d(_dense(func, x, 0.0), weight, bias, stride, padding, dilation, groups), stride
     )
