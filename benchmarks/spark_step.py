@@ -1,4 +1,4 @@
-"""SparK's encoder and whole training step: packed, beside the plain dense network and masked dense operations.
+"""SparK's encoder and whole training step: packed, on spconv, the plain dense network and masked dense operations.
 
     python benchmarks/spark_step.py                    # times, memory; results/spark_step-<machine>.json
     python benchmarks/spark_step.py --compile          # the same encoders under torch.compile as well
@@ -12,12 +12,9 @@ alternative of every ratio. Times are interleaved medians; peak memory is of a p
 import argparse
 import json
 import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timing import interleaved, machine, result_file
 from torch import Tensor, nn
 
 from leaven.backbones import features
@@ -34,7 +32,7 @@ from leaven.pretext.spark.masking import visible_ids
 from leaven.pretext.spark.packed import packed_encode
 
 NETS = ("convnext_tiny", "resnet50", "efficientnet_b0", "regnety_008")
-VARIANTS = ("packed", "dense", "masked")
+VARIANTS = ("packed", "spconv", "dense", "masked")
 MASK: dict[str, Tensor] = {}  # the usual implementation keeps it in a global
 
 
@@ -119,8 +117,8 @@ class Encoder(nn.Module):
             mask_as_usual(self.backbone)
 
     def forward(self, images: Tensor, mask: Tensor, ids: Tensor) -> list[tuple[Tensor, int]]:
-        geo = Geometry(ids, (mask.shape[1], mask.shape[2]))
-        if self.variant == "packed":
+        geo = Geometry(ids, (mask.shape[1], mask.shape[2]), spconv=self.variant == "spconv")
+        if self.variant in ("packed", "spconv"):
             return packed_encode(self.backbone, images, geo, self.stages)
         if self.variant == "masked":
             MASK["now"] = mask
@@ -145,7 +143,9 @@ def encoder_step(
 
 def whole_step(net: str, variant: str, data: tuple[Tensor, ...], width: int) -> Callable[[], None]:
     spark = SparK(net, decoder_width=width, backend="packed").to(data[0].device)
-    if variant != "packed":
+    if variant == "spconv":
+        spark.backend = "spconv"
+    elif variant != "packed":
         encoder = Encoder(net, variant).to(data[0].device)
         spark.backbone = encoder.backbone
         spark._encode = lambda images, mask, geo: encoder(images, mask, geo.ids)  # type: ignore[method-assign]
@@ -163,34 +163,6 @@ def make_data(args: argparse.Namespace) -> tuple[Tensor, ...]:
     side = args.image_size // 32
     mask = sample_mask(args.batch_size, (side, side), 0.6, generator)
     return tuple(t.to(args.device) for t in (images, mask, visible_ids(mask)))
-
-
-def seconds(step: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def interleaved(steps: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, Any]:
-    """Medians, spread and ratios to "masked", each repeat running every variant once; the first two are warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.repeats + 2):
-        for name, step in steps.items():
-            times[name].append(seconds(step, args.device))
-    times = {name: t[2:] for name, t in times.items()}
-    rows: dict[str, Any] = {}
-    for name, t in times.items():
-        ratios = sorted(a / b for a, b in zip(t, times["masked"], strict=True))
-        rows[name] = {
-            "median_s": round(statistics.median(t), 5), "min_s": round(min(t), 5), "max_s": round(max(t), 5),
-            "ratio_to_masked": round(statistics.median(ratios), 3),
-            "ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
-        }  # fmt: skip
-    return rows
 
 
 def peak_memory(net: str, variant: str, part: str, args: argparse.Namespace) -> None:
@@ -218,22 +190,6 @@ def resident(status: Path) -> float:
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-
-
-def machine(args: argparse.Namespace) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    models = (
-        [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return {
-        "processor": models[0].split(":")[1].strip() if models else platform.processor(),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else "not measured on GPU",
-        "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -265,24 +221,24 @@ def main() -> None:
     visible = data[2].shape[1] / (args.image_size // 32) ** 2
     settings = {"batch_size": args.batch_size, "image_size": args.image_size, "visible": visible}
     result: dict[str, Any] = {
-        "machine": machine(args),
+        "machine": machine(args.device),
         "settings": settings | {"repeats": args.repeats},
         "nets": {},
     }
-    default = f"spark_step-{'gpu' if args.device == 'cuda' else f'{os.cpu_count()}core'}.json"
-    output = args.output or Path(__file__).parent / "results" / default
+    output = args.output or result_file(__file__, args.device)
     output.parent.mkdir(parents=True, exist_ok=True)
+    timing: dict[str, Any] = {"base": "masked", "repeats": args.repeats, "device": args.device}
     for net in args.nets:
         parts: dict[str, Any] = {}
-        parts["encoder"] = interleaved({v: encoder_step(net, v, data) for v in VARIANTS}, args)
+        parts["encoder"] = interleaved({v: encoder_step(net, v, data) for v in VARIANTS}, **timing)
         for width in args.widths:
             parts[f"step, decoder {width}"] = interleaved(
-                {v: whole_step(net, v, data, width) for v in VARIANTS}, args
+                {v: whole_step(net, v, data, width) for v in VARIANTS}, **timing
             )
         if args.compile:
             torch._dynamo.reset()
             parts["encoder, compiled"] = interleaved(
-                {v: encoder_step(net, v, data, True) for v in VARIANTS}, args
+                {v: encoder_step(net, v, data, True) for v in VARIANTS if v != "spconv"}, **timing
             )
         for part in ("encoder", *map(str, args.widths)):
             name = part if part == "encoder" else f"step, decoder {part}"

@@ -47,7 +47,7 @@ class SparkSettings(LoopSettings):
     stages: tuple[int, ...] | None = flag(None, "reductions of the maps used, as 4,8,16; none: the last four")
     decoder_width: int = flag(256, "decoder channels at the smallest map; the paper's is 768")
     densify_norm: Literal["auto", "bn", "ln", "none"] = flag("auto", "norm before the mask tokens")
-    backend: Literal["auto", "packed", "dense"] = flag("auto", "how the sparse encoder computes")
+    backend: Literal["auto", "packed", "dense", "spconv"] = flag("auto", "how the sparse encoder computes")
     drop_path: float | None = flag(None, "stochastic depth of the backbone")
     crop_scale: tuple[float, float] = flag((0.67, 1.0), "share of the area that a random crop takes")
     probe_images: int = flag(5000, "labelled images at most, of each part, for kNN and linear probe")

@@ -145,6 +145,7 @@ def test_doctor_survives_missing_and_broken_packages(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         doctor, "installed_version", lambda n: None if n in ("timm", "spconv") else version(n)
     )
+    monkeypatch.setattr(doctor, "installed_packages", lambda: {"torch", "kornia"})
     broken = {
         "import torch": "OSError: libtorch.so: cannot open",
         "import timm": "ModuleNotFoundError: no timm",
@@ -157,12 +158,24 @@ def test_doctor_survives_missing_and_broken_packages(monkeypatch: pytest.MonkeyP
     assert "timm          -              ModuleNotFoundError: no timm" in out
     assert "unknown: torch cannot be imported" in out
     assert "  spconv        missing: spconv\n" in out
+    assert "  spconv        not installed: pip install 'leaven[spconv]'" in out
     problems = out.split("4 to fix:\n")[1].splitlines()
     assert problems[0].startswith(f"  torch {version('torch')} cannot be imported (OSError: libtorch.so")
     assert problems[1] == "  timm is missing: pip install --upgrade timm"
     assert problems[2:] == [
         f"  SparK's backend {name!r} does not work: no torch" for name in ("packed", "dense")
     ]
+
+
+def test_doctor_tries_spconv_by_whichever_name_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "failure", lambda program: "CUDA driver" if "'spconv'" in program else None)
+    monkeypatch.setattr(doctor, "installed_packages", lambda: {"torch", "spconv-cu126"})
+    assert doctor.doctor() == 1
+    out = capsys.readouterr().out
+    assert "  spconv        CUDA driver\n" in out
+    assert "SparK's backend 'spconv' does not work: CUDA driver" in out
 
 
 def test_doctor_sees_a_torchvision_for_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ a convolution whose kernel equals its stride is a reshape and a matrix product.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,14 +17,19 @@ class Geometry:
     Attributes:
         grad: whether gradients were recorded when the map was made. A map that meets an operation with recording
             switched off inside such a pass would lose gradients silently (``SparseMap.__init__`` refuses).
+        spconv: whether convolutions that spconv can serve go through it (``spconv_rule.py``).
+        pairs: its index pairs, by cell side, kernel and dilation.
     """
 
-    def __init__(self, ids: Tensor, grid: tuple[int, int]) -> None:
+    def __init__(self, ids: Tensor, grid: tuple[int, int], *, spconv: bool = False) -> None:
         self.ids = ids
         self.grid = grid
         self.batch, self.keep = ids.shape
         self.grad = torch.is_grad_enabled()
+        self.spconv = spconv
+        self.pairs: dict[Any, tuple[Tensor, Tensor]] = {}
         self._rows: dict[int, Tensor] = {}
+        self._windows: dict[tuple[int, int, int], Tensor] = {}
 
     def rows(self, r: int) -> Tensor:
         """Row numbers of the visible positions in a (B*H*W, C) matrix, cells of side ``r``: (B*keep*r*r,)."""
@@ -35,6 +41,30 @@ class Geometry:
             image = torch.arange(self.batch, device=ids.device)[:, None, None, None]
             self._rows[r] = ((image * (gh * r) + y) * (gw * r) + x).flatten()
         return self._rows[r]
+
+    def windows(self, r: int, halo: tuple[int, int]) -> Tensor:
+        """Row numbers in the (N, C) visible values of every cell with the positions around it, N where hidden.
+
+        Args:
+            r: side of a cell.
+            halo: how many positions above and below, left and right.
+
+        Returns:
+            (B * keep * (r + 2 * halo[0]) * (r + 2 * halo[1]),).
+        """
+        key = (r, *halo)
+        if key not in self._windows:
+            (gh, gw), (ph, pw), ids = self.grid, halo, self.ids
+            height, width, n = gh * r, gw * r, ids.numel() * r * r
+            where = torch.full((self.batch * height * width,), n, device=ids.device)
+            where = where.index_copy(0, self.rows(r), torch.arange(n, device=ids.device))
+            where = F.pad(where.view(self.batch, height, width), (pw, pw, ph, ph), value=n)
+            down, across = (torch.arange(r + 2 * p, device=ids.device) for p in halo)
+            y = (ids // gw * r)[:, :, None, None] + down[:, None]
+            x = (ids % gw * r)[:, :, None, None] + across
+            image = torch.arange(self.batch, device=ids.device)[:, None, None, None]
+            self._windows[key] = where[image, y, x].flatten()
+        return self._windows[key]
 
     def scatter(self, values: Tensor, r: int, fill: float = 0.0) -> Tensor:
         """Packed values (B, T, C) to a dense map (B, C, gh*r, gw*r), channels last in memory, ``fill`` where hidden."""

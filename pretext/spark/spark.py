@@ -18,6 +18,7 @@ from leaven.pretext.spark.geometry import Geometry
 from leaven.pretext.spark.loss import masked_loss, reconstruction
 from leaven.pretext.spark.masking import sample_mask, visible_count, visible_ids
 from leaven.pretext.spark.packed import packed_encode
+from leaven.pretext.spark.spconv_rule import require_spconv
 from leaven.pretext.spark.swaps import swap, unswap
 
 
@@ -30,7 +31,8 @@ class SparK(nn.Module):
         decoder_width: at the smallest map; halves with every doubling of the side. 768 is the paper's.
         densify_norm: "bn", "ln" or "none" before the mask tokens; "auto" follows the backbone's own norm.
         backend: "packed" computes visible positions only, "dense" masks dense operations; "auto" takes packed, the
-            faster wherever measured, unless only dense accepts the backbone.
+            faster wherever measured, unless only dense accepts the backbone. "spconv" is packed with spconv's index
+            pairs (on CUDA its kernel) for the ungrouped convolutions of stride 1 that packed runs on dense maps.
         stages: reductions of the maps to use, such as (4, 8, 16); by default the last four from reduction 4 on.
         mask_cell: side of a mask cell in pixels, a multiple of the largest reduction used (the default).
 
@@ -45,7 +47,7 @@ class SparK(nn.Module):
         mask_ratio: float = 0.6,
         decoder_width: int = 768,
         densify_norm: Literal["auto", "bn", "ln", "none"] = "auto",
-        backend: Literal["auto", "packed", "dense"] = "auto",
+        backend: Literal["auto", "packed", "dense", "spconv"] = "auto",
         stages: Sequence[int] | None = None,
         mask_cell: int | None = None,
     ) -> None:
@@ -67,8 +69,10 @@ class SparK(nn.Module):
             )
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask ratio {mask_ratio} must be between 0 and 1")
-        if backend not in ("auto", "packed", "dense"):
-            raise ValueError(f"unknown backend {backend!r}: auto, packed or dense")
+        if backend not in ("auto", "packed", "dense", "spconv"):
+            raise ValueError(f"unknown backend {backend!r}: auto, packed, dense or spconv")
+        if backend == "spconv":
+            require_spconv()
         if densify_norm not in ("auto", "bn", "ln", "none"):
             raise ValueError(f"unknown densify_norm {densify_norm!r}: auto, bn, ln or none")
         norm = _own_norm(self.backbone) if densify_norm == "auto" else densify_norm
@@ -152,10 +156,11 @@ class SparK(nn.Module):
         # In a compiled graph the count cannot be read off the mask; it is taken from the ratio and checked there.
         keep = visible_count(grid[0] * grid[1], self.mask_ratio) if torch.compiler.is_compiling() else None
         ids = visible_ids(mask, keep)
-        return mask.to(images.device), Geometry(ids.to(images.device), grid)
+        geo = Geometry(ids.to(images.device), grid, spconv=self.backend == "spconv")
+        return mask.to(images.device), geo
 
     def _encode(self, images: Tensor, mask: Tensor, geo: Geometry) -> list[tuple[Tensor, int]]:
-        if self.backend == "packed":
+        if self.backend != "dense":
             if not torch.compiler.is_compiling():
                 swap(self.backbone)  # modules may have become SyncBatchNorm since the last call
             return packed_encode(self.backbone, images, geo, self.stages)
@@ -200,7 +205,7 @@ class SparK(nn.Module):
         mask = torch.eye(2, dtype=torch.bool, device=weight.device).unsqueeze(1)
         for training in (True, False):
             self.backbone.train(training)
-            self._encode(images, mask, Geometry(ids, (1, 2)))
+            self._encode(images, mask, Geometry(ids, (1, 2), spconv=self.backend == "spconv"))
 
 
 def choose_stages(found: Sequence[Stage], reductions: Sequence[int] | None) -> tuple[Stage, ...]:

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leaven.pretext.spark.halo import halo_conv2d, halo_pays
 from leaven.pretext.spark.shape_rules import cells
 from leaven.pretext.spark.sparse_map import SparseMap, refuse, rule
+from leaven.pretext.spark.spconv_rule import spconv_conv2d
 
 _T = torch.Tensor
 
@@ -58,6 +60,16 @@ def _packed(func: Any, x: SparseMap, dense: Tensor, stride: Any) -> SparseMap:
     return SparseMap(x.geo.gather(dense, x.r // s), x.geo, x.r // s)
 
 
+def _same_padding(kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
+    return (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
+
+
+def _keeps_size(x: SparseMap, kernel: Any, stride: Any, padding: Any, dilation: Any) -> bool:
+    """Whether inputs and outputs of a convolution are the same positions, its kernel centred on each."""
+    centred = x.tags == "bchw" and x.pad is None and stride == (1, 1) and kernel[0] % 2 == kernel[1] % 2 == 1
+    return centred and (padding == "same" or _pair(padding) == _same_padding(kernel, dilation))
+
+
 @rule(F.conv2d, torch.conv2d)
 def conv2d(
     func: Any,
@@ -69,7 +81,7 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    """Pointwise and patchifying kernels run on the values alone; others on the scattered map."""
+    """Pointwise and patchifying kernels run on the values alone, others on cells with a halo or the scattered map."""
     x = input
     (kh, kw), (s, s_w) = weight.shape[2:], _pair(stride)
     inside = (
@@ -87,6 +99,12 @@ def conv2d(
         patches = cells(x.values, x.r, s).transpose(3, 4).flatten(4).flatten(1, 3)
         values = F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias)
         return SparseMap(values, x.geo, x.r // s)
+    if _keeps_size(x, (kh, kw), (s, s_w), padding, _pair(dilation)):
+        # On GPUs the halo was never measured: there the dense map, which is one kernel.
+        if not x.is_cuda and halo_pays(x.geo, x.r, _same_padding((kh, kw), _pair(dilation))):
+            return x.like(halo_conv2d(x.values, x.geo, x.r, weight, bias, _pair(dilation), groups))
+        if x.geo.spconv and groups == 1:
+            return x.like(spconv_conv2d(x.values, x.geo, x.r, weight, bias, _pair(dilation)))
     return _packed(
         func, x, F.conv2d(_dense(func, x, 0.0), weight, bias, stride, padding, dilation, groups), stride
     )

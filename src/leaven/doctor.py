@@ -15,7 +15,7 @@ import leaven
 
 # Distribution -> the module it is imported as, where the two differ.
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "PyYAML": "yaml"}
-SPARK_BACKENDS = ("packed", "dense")
+SPARK_BACKENDS = ("packed", "dense", "spconv")
 _SPARK_STEP = """
 import torch
 from leaven.pretext.spark import SparK
@@ -29,7 +29,11 @@ def doctor() -> int:
     print(f"Python {platform.python_version()} ({sys.executable}) on {platform.platform()}")
     core, extras = requirements()
     programs = {name: f"import {MODULES.get(name, name)}" for name in core}
-    programs |= {backend: _SPARK_STEP.format(backend=backend) for backend in SPARK_BACKENDS}
+    has_spconv = any(
+        name.startswith("spconv") for name in installed_packages()
+    )  # spconv-cu126 is another one
+    backends = [backend for backend in SPARK_BACKENDS if backend != "spconv" or has_spconv]
+    programs |= {f"SparK {backend}": _SPARK_STEP.format(backend=backend) for backend in backends}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         failures = dict(zip(programs, pool.map(failure, programs.values()), strict=True))
 
@@ -54,11 +58,13 @@ def doctor() -> int:
         print(f"  {extra:<13} {'missing: ' + ', '.join(missing) if missing else 'installed'}")
 
     print("\nSparK backends: one training step tried")
-    for backend in SPARK_BACKENDS:
-        print(f"  {backend:<13} {failures[backend] or 'ok'}")
-        if failures[backend]:
-            problems.append(f"SparK's backend {backend!r} does not work: {failures[backend]}")
-    print("  spconv        not in this version, whether the extra is installed or not")
+    for backend in backends:
+        failed = failures[f"SparK {backend}"]
+        print(f"  {backend:<13} {failed or 'ok'}")
+        if failed:
+            problems.append(f"SparK's backend {backend!r} does not work: {failed}")
+    if not has_spconv:
+        print("  spconv        not installed: pip install 'leaven[spconv]' (NVIDIA GPU: spconv-cu126)")
 
     print(f"\n{len(problems)} to fix:" if problems else "\nNo problem found.")
     for problem in problems:
@@ -90,6 +96,11 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def installed_packages() -> set[str]:
+    """Distributions that pip knows."""
+    return {str(found.metadata["Name"]) for found in importlib.metadata.distributions()}
 
 
 def torchvision_mismatch() -> str | None:

@@ -111,7 +111,7 @@ def test_smaller_and_larger_mask_cells() -> None:
         ({"stages": ()}, "no map of reduction"),
         ({"decoder_width": 0}, "decoder_width=0 must be a multiple of 32"),
         ({"mask_ratio": 2.0}, "mask ratio 2.0 must be between 0 and 1"),
-        ({"backend": "spconv"}, "unknown backend 'spconv': auto, packed or dense"),
+        ({"backend": "mask"}, "unknown backend 'mask': auto, packed, dense or spconv"),
         ({"densify_norm": "gn"}, "unknown densify_norm 'gn': auto, bn, ln or none"),
     ],
 )
