@@ -74,7 +74,11 @@ def main() -> None:
         mask = sample_mask(args.batch_size, (grid, grid), 0.6, torch.Generator().manual_seed(0))
         geo = Geometry(visible_ids(mask).to(args.device), (grid, grid))
         ways = steps(channels, groups, kernel, r, geo)
-        chosen = "halo" if args.device == "cpu" and halo_pays(geo, r, (kernel // 2,) * 2) else "dense"
+        chosen = (
+            "halo"
+            if args.device == "cpu" and halo_pays(geo, r, (kernel // 2,) * 2, groups == channels)
+            else "dense"
+        )
         row = {
             "layer": name,
             "channels": channels,

@@ -17,10 +17,10 @@ from leaven.pretext.spark.geometry import Geometry
 Pair = tuple[int, int]
 
 
-def halo_pays(geo: Geometry, r: int, halo: Pair) -> bool:
-    """Whether the gathered windows are below 1.5 times the dense map: there they won (benchmarks/spark_conv.py)."""
+def halo_pays(geo: Geometry, r: int, halo: Pair, depthwise: bool) -> bool:
+    """Whether the gathered windows are small enough beside the dense map, by what benchmarks/spark_conv.py measured."""
     windows = geo.keep * (r + 2 * halo[0]) * (r + 2 * halo[1])
-    return windows < 1.5 * geo.grid[0] * geo.grid[1] * r * r
+    return windows < (2.0 if depthwise else 1.5) * geo.grid[0] * geo.grid[1] * r * r
 
 
 def halo_conv2d(

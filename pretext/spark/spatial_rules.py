@@ -101,7 +101,8 @@ def conv2d(
         return SparseMap(values, x.geo, x.r // s)
     if _keeps_size(x, (kh, kw), (s, s_w), padding, _pair(dilation)):
         # On GPUs the halo was never measured: there the dense map, which is one kernel.
-        if not x.is_cuda and halo_pays(x.geo, x.r, _same_padding((kh, kw), _pair(dilation))):
+        halo = _same_padding((kh, kw), _pair(dilation))
+        if not x.is_cuda and halo_pays(x.geo, x.r, halo, depthwise=groups == x.shape[1]):
             return x.like(halo_conv2d(x.values, x.geo, x.r, weight, bias, _pair(dilation), groups))
         if x.geo.spconv and groups == 1:
             return x.like(spconv_conv2d(x.values, x.geo, x.r, weight, bias, _pair(dilation)))

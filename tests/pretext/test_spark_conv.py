@@ -117,12 +117,13 @@ def test_autocast_computes_in_half_precision_like_the_dense_convolution(way: str
 
 def test_the_halo_is_taken_where_its_windows_are_small() -> None:
     geo = Geometry(torch.arange(10).expand(2, 10), (5, 5))
-    sides = {r: halo_pays(geo, r, (1, 1)) for r in (1, 2, 4, 8, 16)}
+    sides = {r: halo_pays(geo, r, (1, 1), depthwise=False) for r in (1, 2, 4, 8, 16)}
     assert sides == {1: False, 2: False, 4: True, 8: True, 16: True}
-    assert halo_pays(geo, 8, (3, 3))  # ConvNeXt's first stage
-    assert not halo_pays(geo, 4, (3, 3))
+    assert halo_pays(geo, 2, (1, 1), depthwise=True)
+    assert halo_pays(geo, 8, (3, 3), depthwise=True)  # ConvNeXt's first stage
+    assert not halo_pays(geo, 4, (3, 3), depthwise=True)
     everything = Geometry(torch.arange(25).expand(2, 25), (5, 5))
-    assert not halo_pays(everything, 4, (1, 1))
+    assert not halo_pays(everything, 4, (1, 1), depthwise=False)
 
 
 def _pass(backend: str, net: str, mask: Tensor, images: Tensor) -> dict[str, Tensor]:
@@ -173,7 +174,7 @@ def test_spconv_serves_the_ungrouped_convolutions_of_stride_one(monkeypatch: pyt
         return conv(values, geo, r, weight, *rest)  # type: ignore[arg-type]
 
     spark = SparK("resnet18", decoder_width=32, backend="spconv")
-    monkeypatch.setattr("leaven.pretext.spark.spatial_rules.halo_pays", lambda *_: False)
+    monkeypatch.setattr("leaven.pretext.spark.spatial_rules.halo_pays", lambda *_, **__: False)
     monkeypatch.setattr("leaven.pretext.spark.spatial_rules.spconv_conv2d", spy)
     monkeypatch.setattr(spconv_module, "index_pairs", lambda *args: made.append(args[1:]) or pairs(*args))
     spark(torch.randn(2, 3, 64, 64))
