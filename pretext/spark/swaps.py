@@ -72,10 +72,55 @@ class Hardsigmoid(nn.Hardsigmoid):
         return input.like(F.hardsigmoid(input.plain("hardsigmoid")))
 
 
+class GlobalContext(nn.Module):
+    """timm's: a softmax over positions says how much each counts in the context. Here over the visible ones."""
+
+    def forward(self: Any, input: Any) -> Any:
+        """A map (B, C, h, w), or an ordinary tensor as ever."""
+        if not isinstance(input, SparseMap) or self.conv_attn is None:
+            return super().forward(input)
+        values = input.plain("GlobalContext")
+        share = self.conv_attn(input).values.softmax(1)  # (B, T, 1)
+        context = (values * share).sum(1)[:, :, None, None]
+        if self.mlp_scale is not None:
+            input = input * self.gate(self.mlp_scale(context))
+        return input if self.mlp_add is None else input + self.mlp_add(context)
+
+
+class EvoNorm2dS0(nn.Module):
+    """timm's: it spreads a group's deviation to the full map, which a sparse map cannot tell from one that varies."""
+
+    def forward(self: Any, input: Any) -> Any:
+        """A map (B, C, h, w), or an ordinary tensor as ever."""
+        if not isinstance(input, SparseMap):
+            return super().forward(input)
+        x = input.plain("EvoNorm2dS0")
+        if self.apply_act:
+            groups = x.unflatten(2, (self.groups, -1)).float()
+            std = groups.var((1, 3), unbiased=False, keepdim=True).add(self.eps).sqrt().to(x.dtype)
+            gated = x * (x * self.v.to(x.dtype)).sigmoid()
+            x = (gated.unflatten(2, (self.groups, -1)) / std).flatten(2)
+        return input.like(x * self.weight.to(x.dtype) + self.bias.to(x.dtype))
+
+
+class InceptionAux(nn.Module):
+    """torchvision's GoogLeNet: a classifier beside the trunk, fed by a 4x4 pooling. No feature map depends on it."""
+
+    def forward(self: Any, input: Any) -> Any:
+        """Nothing for a map, or an ordinary tensor as ever."""
+        return None if isinstance(input, SparseMap) else super().forward(input)
+
+
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: SyncBatchNorm,
     nn.Hardswish: Hardswish,
     nn.Hardsigmoid: Hardsigmoid,
+}
+# By name, so that neither library is imported for it. Exactly these classes: a subclass may compute something else.
+_BY_NAME: dict[str, type[nn.Module]] = {
+    "timm.layers.global_context.GlobalContext": GlobalContext,
+    "timm.layers.evo_norm.EvoNorm2dS0": EvoNorm2dS0,
+    "torchvision.models.googlenet.InceptionAux": InceptionAux,
 }
 
 
@@ -83,15 +128,18 @@ def swap(backbone: nn.Module) -> None:
     """Give the modules above their map-aware class; idempotent, and without effect on ordinary tensors."""
     for module in backbone.modules():
         kind = type(module)
-        if (
-            kind not in _SWAPS
-            and isinstance(module, nn.SyncBatchNorm)
-            and not issubclass(kind, SyncBatchNorm)
-        ):
-            # A subclass (timm's SyncBatchNormAct) calls super().forward: ours comes next in line.
-            _SWAPS[kind] = type(kind.__name__, (kind, SyncBatchNorm), {"__module__": kind.__module__})
+        if kind not in _SWAPS and (bases := _bases(kind)):
+            _SWAPS[kind] = type(kind.__name__, bases, {"__module__": kind.__module__})
         if kind in _SWAPS:
             module.__class__ = _SWAPS[kind]
+
+
+def _bases(kind: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+    """What the map-aware class of `kind` derives from, in order; nothing for a module that needs none."""
+    if issubclass(kind, nn.SyncBatchNorm) and not issubclass(kind, SyncBatchNorm):
+        return (kind, SyncBatchNorm)  # timm's SyncBatchNormAct calls super().forward: ours comes next in line
+    ours = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    return () if ours is None or issubclass(kind, ours) else (ours, kind)
 
 
 def unswap(backbone: nn.Module) -> None:

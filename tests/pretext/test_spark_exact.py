@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from leaven.backbones import Stage, create, features, stages
 from leaven.pretext.spark import SparK, SparseUnsupported
 from leaven.pretext.spark.sparse_map import SparseMap
-from tests.pretext.spark_networks import CASTS_INSIDE, DEFAULT, DENSE_ONLY, EXACT, REFUSED
+from tests.pretext.spark_networks import CASTS_INSIDE, DEFAULT, EXACT, MORE, REFUSED
 from tests.pretext.spark_oracle import (
     GRID,
     Crops,
@@ -47,10 +47,7 @@ CROPS += [
     for how in SETTINGS[: 4 if n in DEFAULT else 2]
     for b in BACKENDS
 ]
-CROPS += [
-    case(n, 64, *how, "dense", slow=True) for n in (*DENSE_ONLY, "resnetv2_50d_frn") for how in SETTINGS
-]
-CROPS += [case("resnetv2_50d_frn", 64, *how, "packed", slow=True) for how in SETTINGS]
+CROPS += [case(n, 64, *how, b, slow=True) for n, served in MORE.items() for how in SETTINGS for b in served]
 STEPS = [case(n, 32, b, slow=False) for n in DEFAULT for b in BACKENDS]
 STEPS += [case(n, 64, b, slow=True) for n in EXACT for b in BACKENDS]
 REFUSALS = [
@@ -103,6 +100,8 @@ def test_crop_equivalence(
     encode, _ = encoder(model, backend, cell)
     found = masked_pass(model, encode, crops, training)
     wrong = disagreements(found, wanted, lambda: rounding(copy.deepcopy(plain), crops.crops, maps, training))
+    # A classifier beside the trunk (GoogLeNet's) is fed by no map: its own running moments stay as they are.
+    wrong = [line for line in wrong if not line.startswith("buffer aux")]
     assert not wrong, wrong[:5]
 
 
