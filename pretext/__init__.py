@@ -10,11 +10,14 @@ from leaven.pretext.evaluation import (
 )
 from leaven.pretext.output import Output
 from leaven.pretext.spark import SparK, SparseUnsupported
+from leaven.pretext.supervised import Supervised, count_correct
 
 __all__ = [
     "Output",
     "SparK",
     "SparseUnsupported",
+    "Supervised",
+    "count_correct",
     "extract_features",
     "knn",
     "knn_protocol",
