@@ -2,6 +2,8 @@
 
 from leaven.pretext.evaluation import (
     extract_features,
+    few_label_probe,
+    few_protocol,
     knn,
     knn_protocol,
     linear_probe,
@@ -19,6 +21,8 @@ __all__ = [
     "Supervised",
     "count_correct",
     "extract_features",
+    "few_label_probe",
+    "few_protocol",
     "knn",
     "knn_protocol",
     "linear_probe",

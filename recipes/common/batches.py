@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from leaven.recipes.common.augment import DeviceAugment, eval_transform, train_transform
 from leaven.recipes.common.data import Data, KeyedDataset, KeyedLoader, make_loader
-from leaven.recipes.common.flags import CommonSettings, UserError
+from leaven.recipes.common.flags import CommonSettings, ImageSettings, UserError
 from leaven.recipes.common.policies import Policy
 from leaven.recipes.common.sampler import KeyedBatchSampler
 from leaven.recipes.common.sources import Source
@@ -29,7 +29,7 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
 
 
 def build_backbone(
-    settings: CommonSettings, size: Size, drop_path: float | None = None, classes: int | None = None
+    settings: ImageSettings, size: Size, drop_path: float | None = None, classes: int | None = None
 ) -> nn.Module:
     """The backbone that the flags describe: ``--backbone --init --in-chans --grad-checkpointing``.
 
@@ -75,7 +75,7 @@ def build_backbone(
                 print_once(
                     f"--init {settings.init}: " + (f"all but {', '.join(fresh)}" if fresh else "all weights")
                 )
-    if settings.grad_checkpointing:
+    if isinstance(settings, CommonSettings) and settings.grad_checkpointing:
         switch: Any = getattr(backbone, "set_grad_checkpointing", None)
         if switch is None:
             raise UserError(
@@ -103,13 +103,13 @@ class Images:
     """
 
     data: Data
-    settings: CommonSettings
+    settings: ImageSettings
     size: Size
     mean: Sequence[float]
     std: Sequence[float]
 
     @classmethod
-    def of(cls, data: Data, settings: CommonSettings, size: Size, backbone: nn.Module) -> "Images":
+    def of(cls, data: Data, settings: ImageSettings, size: Size, backbone: nn.Module) -> "Images":
         """Normalised as pretrained weights expect it, or else by the data's own statistics."""
         from leaven.backbones import data_config
 
@@ -142,7 +142,8 @@ class Images:
             raise UserError(
                 f"--crop-scale {scale[0]},{scale[1]} must be two shares of the area, the smaller first"
             )
-        settings, rank, processes = self.settings, accelerator.process_index, accelerator.num_processes
+        settings = cast(CommonSettings, self.settings)  # who trains has them
+        rank, processes = accelerator.process_index, accelerator.num_processes
         sampler = KeyedBatchSampler(
             len(self.data.train), settings.batch_size, settings.seed, rank, processes, repeats=repeats
         )
