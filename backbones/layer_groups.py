@@ -85,7 +85,8 @@ def _traced(model: nn.Module, head: set[str], image_size: ImageSize) -> list[lis
         module = model.get_submodule(call.name)
         names = [f"{call.name}.{name}" for name, _ in module.named_parameters()]
         if names := [name for name in names if name not in placed]:
-            units.append((not _is_layer(module), call.gives or call.name, names))
+            reduction = call.gives or (units[-1][1] if units and _is_layer(module) else call.name)
+            units.append((not _is_layer(module), reduction, names))
             placed.update(names)
     if not any(is_block for is_block, _, _ in units):  # VGG: every layer is a block
         units = [(number > 0, key, names) for number, (_, key, names) in enumerate(units)]
@@ -95,8 +96,8 @@ def _traced(model: nn.Module, head: set[str], image_size: ImageSize) -> list[lis
         if is_block:
             blocks.append((key, waiting))
             waiting = []
-        elif not blocks:
-            waiting = []  # the stem
+        elif not blocks and key == units[0][1]:
+            waiting = []  # the stem: what comes before all blocks, at the reduction of the very first layer
     if blocks:
         blocks[-1][1].extend(waiting)
     return [[block for _, block in group] for _, group in groupby(blocks, key=lambda pair: pair[0])]

@@ -178,11 +178,11 @@ def _standardised(x: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.nd
     return (x - mean) / std, (queries - mean) / std
 
 
-def _regression(l2: float, x: np.ndarray, y: np.ndarray, steps: int = 2000) -> Any:
+def _regression(l2: float, x: np.ndarray, y: np.ndarray) -> Any:
     """Multinomial logistic regression: mean cross-entropy + l2 / 2 * |W|^2, the intercept without penalty."""
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=1 / (l2 * len(x)), max_iter=steps).fit(x, y)
+    return LogisticRegression(C=1 / (l2 * len(x)), max_iter=2000).fit(x, y)
 
 
 def _held_out(y: np.ndarray, seed: int) -> np.ndarray:
