@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from torch.optim import Optimizer
 
@@ -58,6 +59,10 @@ class Validation(Callback):
             models["ema_"] = self.ema.module.backbone
         scores: dict[str, float] = {}
         for prefix, model in models.items():
+            for (
+                buffer
+            ) in model.buffers():  # BatchNorm's differ where it is not synchronised: judge what is saved
+                broadcast(buffer)
             top1, top5, images = self.accelerator.reduce(count_correct(model, self.loader)).tolist()
             scores |= {f"{prefix}top1": top1 / images, f"{prefix}top5": top5 / images}
         return scores
