@@ -9,16 +9,19 @@ Nothing is trained but the classifiers on frozen features. Raw pixels and the un
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from leaven.backbones import resolve
 from leaven.pretext import few_label_probe, few_protocol, knn, knn_protocol, linear_probe, linear_protocol
 from leaven.pretext.evaluation import FEW, KNN, LINEAR
-from leaven.recipes.common.batches import Images, build_backbone, user_errors
+from leaven.recipes.common.batches import Images, Part, build_backbone, user_errors
 from leaven.recipes.common.card import command
 from leaven.recipes.common.data import Data, open_data
 from leaven.recipes.common.few_labels import few_labels, keep_few
@@ -82,6 +85,8 @@ def evaluate(settings: EvaluateSettings, data: Data) -> list[dict[str, Any]]:
     split = f"{min(most, len(data.train))} training to {min(most, len(data.val))} held-out images"
     words: dict[str, Any] = {"split": split, "crop": "whole image resized to cover the size, centre crop"}
     print("\n".join(lines))
+    labels, seeds = Part(data.train, most).labels, range(settings.few_seeds)
+    few = {a: [few_labels(labels, a, seed, data.classes, "--few") for seed in seeds] for a in settings.few}
 
     results: list[dict[str, Any]] = []
     judged: dict[str, tuple[nn.Module, tuple[int, int]]] = {"raw pixels": (nn.Flatten(), raw)}
@@ -91,7 +96,7 @@ def evaluate(settings: EvaluateSettings, data: Data) -> list[dict[str, Any]]:
             labelled_features(backbone, images.whole(part, most, side)) for part in (data.train, data.val)
         ]
         with user_errors(ValueError):
-            for result in judge(pair, settings, data.classes, words):
+            for result in judge(pair, few, settings.seed, words):
                 results.append({"who": who, "size": list(side), **result})
                 print(line(results[-1]))
     print("protocols:", *dict.fromkeys(f"{r['protocol']} = {r['definition']}" for r in results), sep="\n")
@@ -100,37 +105,22 @@ def evaluate(settings: EvaluateSettings, data: Data) -> list[dict[str, Any]]:
 
 def judge(
     pair: list[tuple[Tensor, Tensor]],
-    settings: EvaluateSettings,
-    classes: tuple[str, ...],
+    few: dict[str, list[NDArray[np.int64]]],
+    seed: int,
     words: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """The results on the features and labels of training and held-out images, under every protocol."""
+) -> Iterator[dict[str, Any]]:
+    """The results on the features and labels of training and held-out images, protocol by protocol."""
     (train_x, train_y), (val_x, val_y) = pair
+    four = train_x, train_y, val_x, val_y
     k = min(20, len(train_x))
-    found: list[dict[str, Any]] = [
-        {
-            "protocol": KNN,
-            "definition": knn_protocol(k, **words),
-            "top1": knn(train_x, train_y, val_x, val_y, k=k),
-        },
-        {
-            "protocol": LINEAR,
-            "definition": linear_protocol(**words),
-            "top1": linear_probe(train_x, train_y, val_x, val_y, seed=settings.seed),
-        },
-    ]
-    for amount in settings.few:
-        chosen = [few_labels(train_y.numpy(), amount, seed, classes) for seed in range(settings.few_seeds)]
-        scores = [few_label_probe(train_x, train_y, val_x, val_y, list(few)) for few in chosen]
+    yield {"protocol": KNN, "definition": knn_protocol(k, **words), "top1": knn(*four, k=k)}
+    yield {"protocol": LINEAR, "definition": linear_protocol(**words), "top1": linear_probe(*four, seed=seed)}
+    for amount, choices in few.items():
+        scores = [few_label_probe(*four, chosen.tolist()) for chosen in choices]
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        result = {
-            "protocol": FEW,
-            "definition": few_protocol(**words),
-            "labels": amount,
-            "images": len(chosen[0]),
-        }
-        found.append(result | {"top1": statistics.mean(scores), "sd": spread, "seeds": scores})
-    return found
+        numbers = {"top1": statistics.mean(scores), "sd": spread, "seeds": scores}
+        about = {"protocol": FEW, "definition": few_protocol(**words), "labels": amount}
+        yield {**about, "images": len(choices[0]), **numbers}
 
 
 def line(result: dict[str, Any]) -> str:

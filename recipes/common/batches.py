@@ -5,12 +5,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from leaven.recipes.common.augment import DeviceAugment, eval_transform, train_transform
 from leaven.recipes.common.data import Data, KeyedDataset, KeyedLoader, make_loader
+from leaven.recipes.common.few_labels import labels_of
 from leaven.recipes.common.flags import CommonSettings, ImageSettings, UserError
 from leaven.recipes.common.policies import Policy
 from leaven.recipes.common.sampler import KeyedBatchSampler
@@ -202,6 +205,11 @@ class Part:
 
     def __len__(self) -> int:
         return len(range(self.share[0], self.n, self.share[1]))
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """All labels (n,), without reading the images."""
+        return labels_of(self.source)[[self._at(index) for index in range(len(self))]]
 
     def image(self, index: int) -> Tensor:
         return self.source.image(self._at(index))

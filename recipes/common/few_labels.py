@@ -14,7 +14,9 @@ from leaven.recipes.common.sampler import permutation
 from leaven.recipes.common.sources import Source
 
 
-def few_labels(labels: NDArray[np.int64], amount: str, seed: int, names: Sequence[str]) -> NDArray[np.int64]:
+def few_labels(
+    labels: NDArray[np.int64], amount: str, seed: int, names: Sequence[str], flag: str = "--labels"
+) -> NDArray[np.int64]:
     """Indices of a random subset, in order: so many images of each class, or the same share of each.
 
     Subsets of one seed are nested: what is among few is among more.
@@ -24,6 +26,7 @@ def few_labels(labels: NDArray[np.int64], amount: str, seed: int, names: Sequenc
         amount: "N" for N images of every class, "P%" for P per cent of each, rounded to the nearest number.
         seed: decides which.
         names: of the classes.
+        flag: what to call `amount` in an error.
 
     Raises:
         UserError: not such an amount, a class would get no image, or has fewer than are asked for.
@@ -32,20 +35,20 @@ def few_labels(labels: NDArray[np.int64], amount: str, seed: int, names: Sequenc
         share = float(amount.removesuffix("%")) / 100 if amount.endswith("%") else None
         number = 0 if share is not None else int(amount)
     except ValueError:
-        raise UserError(f"--labels {amount}: expected N images of each class, or P%") from None
+        raise UserError(f"{flag} {amount}: expected N images of each class, or P%") from None
     if (share is not None and not 0 < share <= 1) or (share is None and number < 1):
         raise UserError(
-            f"--labels {amount}: expected at least one image of each class, or more than 0% to 100%"
+            f"{flag} {amount}: expected at least one image of each class, or more than 0% to 100%"
         )
     chosen = []
     for label, name in enumerate(names):
         members = np.flatnonzero(labels == label)
         take = number if share is None else int(share * len(members) + 0.5)
         if not take <= len(members):
-            raise UserError(f"--labels {amount}: class {name} has {len(members)} training images only")
+            raise UserError(f"{flag} {amount}: class {name} has {len(members)} training images only")
         if not take:
             raise UserError(
-                f"--labels {amount}: class {name} with its {len(members)} training images would get none; "
+                f"{flag} {amount}: class {name} with its {len(members)} training images would get none; "
                 "ask for more"
             )
         # Keyed by the class in place of an epoch.
