@@ -52,6 +52,7 @@ class TrainSettings(LoopSettings):
     cutmix: float = flag(0.0, "CutMix's alpha; 0: without. With both, each batch gets one of them")
     aug_repeats: int = flag(1, "repeated augmentation: views of an image in an epoch, of fewer images")
     model_ema_decay: float | None = flag(None, "decay of the weights' moving average; none: no average")
+    model_ema_warmup: bool = flag(False, "let that decay grow with the updates; for short runs")
     eval_every: int = flag(1, "epochs between measurements on the held-out images")
     crop_pct: float = flag(0.95, "share of the resized held-out image that the centre crop keeps, per side")
 
@@ -123,7 +124,11 @@ def train(settings: TrainSettings, data: Data) -> None:
     with user_errors(ValueError):
         objective = Supervised(backbone, settings.smoothing, settings.bce_loss).to(accelerator.device)
         mix = mixing(settings.mixup, settings.cutmix, settings.smoothing, classes)
-        ema = None if settings.model_ema_decay is None else EMA(settings.model_ema_decay)
+        ema = (
+            None
+            if settings.model_ema_decay is None
+            else EMA(settings.model_ema_decay, settings.model_ema_warmup)
+        )
     if mix is not None and settings.batch_size % 2:
         raise UserError(f"--mixup and --cutmix pair images: --batch-size {settings.batch_size} must be even")
     depths = layer_groups(backbone, size)
