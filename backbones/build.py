@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from leaven.backbones.classifier import around_classifier
 from leaven.backbones.names import UnknownBackbone, import_factory, resolve
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -28,7 +29,7 @@ def create(
 
     Args:
         backbone: a name (see `resolve`), or a module, which is returned as it is.
-        pretrained: load timm's or torchvision's default weights.
+        pretrained: load timm's or torchvision's default weights; the classifier stays fresh where theirs does not fit.
         in_chans: channels of the input images.
         num_classes: 0 for no classifier (timm); torchvision nets then keep the one they are built with.
         drop_path_rate: stochastic depth; refused by name where the net has none and the rate is not 0.
@@ -50,6 +51,8 @@ def create(
         return backbone
     name = resolve(backbone)
     if name.startswith("tv:"):
+        if pretrained and num_classes:
+            return _torchvision_fresh_classifier(name, asked, image_size)
         return _torchvision(name, asked, image_size)
     if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return _from_factory(name, asked, image_size)
@@ -120,6 +123,21 @@ def _torchvision(name: str, asked: dict[str, Any], image_size: int | tuple[int, 
         top = max((drop.p for drop in drops), default=0.0)
         for drop in drops:
             drop.p *= rate / top
+    return model
+
+
+def _torchvision_fresh_classifier(
+    name: str, asked: dict[str, Any], image_size: int | tuple[int, int] | None
+) -> nn.Module:
+    """Pretrained but for the classifier: torchvision refuses another number of classes with its weights."""
+    model = _torchvision(name, {k: v for k, v in asked.items() if k != "pretrained"}, image_size)
+    donor = _torchvision(name, {k: v for k, v in asked.items() if k != "num_classes"}, image_size)
+    needed, taken = around_classifier(model, donor.state_dict())
+    if needed.keys() != taken.keys():  # GoogLeNet: its weights come without the auxiliary classifiers
+        raise ValueError(
+            f"{name}: its pretrained weights fit {name} with 1000 classes only; take a timm name"
+        )
+    model.load_state_dict(taken, strict=False)
     return model
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from leaven import __version__
 from leaven.backbones.build import create
+from leaven.backbones.classifier import around_classifier
 from leaven.backbones.names import resolve
 
 # Arguments of `create` that `load` takes from the metadata when it is given a name.
@@ -71,16 +72,7 @@ def load(model_or_name: nn.Module | str, path: str | os.PathLike[str]) -> nn.Mod
         FileNotFoundError: no such file.
         WeightsMismatch: not a safetensors file, or keys or shapes differ. The model is then left as it was.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes: dict[str, str] = file.metadata() or {}
-            state: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise WeightsMismatch(f"{path} is not a complete safetensors file: {error}") from None
+    state, notes = _read(path)
     if isinstance(model_or_name, str):
         arguments: dict[str, Any] = {key: int(notes[key]) for key in _BUILD_ARGUMENTS if key in notes}
         model = create(model_or_name, **arguments)
@@ -88,12 +80,59 @@ def load(model_or_name: nn.Module | str, path: str | os.PathLike[str]) -> nn.Mod
     else:
         model, label = model_or_name, type(model_or_name).__name__
     inner = _unwrap(model)
-    differences = _differences(inner.state_dict(), state)
-    if differences:
-        written = f" (written from {notes['backbone']})" if "backbone" in notes else ""
-        raise WeightsMismatch(f"{path}{written} does not fit {label}: {'; '.join(differences)}")
+    _check(path, notes, label, inner.state_dict(), state)
     inner.load_state_dict(state)
     return model
+
+
+def load_around_classifier(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
+    """Load a file written by `save`, strictly but for the classifier (see `classifier_names`).
+
+    The file's classifier is taken where it fits. Where it is missing, of another shape, or the model has none, the
+    model's own stays as it is: so a headless file goes into a network with a fresh classifier, and the other way.
+
+    Args:
+        model: filled in place.
+        path: a safetensors file.
+
+    Returns:
+        The model's parameters and buffers that stayed as they were, by name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        WeightsMismatch: not a safetensors file, or it differs elsewhere. The model is then left as it was.
+    """
+    inner = _unwrap(model)
+    state, notes = _read(path)
+    needed, taken = around_classifier(inner, state)
+    _check(path, notes, type(inner).__name__, needed, taken)
+    inner.load_state_dict(taken, strict=False)
+    return [key for key in inner.state_dict() if key not in taken]
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise WeightsMismatch(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def _check(
+    path: str | os.PathLike[str],
+    notes: Mapping[str, str],
+    label: str,
+    expected: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+) -> None:
+    if differences := _differences(expected, state):
+        written = f" (written from {notes['backbone']})" if "backbone" in notes else ""
+        raise WeightsMismatch(f"{path}{written} does not fit {label}: {'; '.join(differences)}")
 
 
 def _differences(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from leaven.pretext.evaluation import (
     extract_features,
+    few_label_probe,
+    few_protocol,
     knn,
     knn_protocol,
     linear_probe,
@@ -10,12 +12,17 @@ from leaven.pretext.evaluation import (
 )
 from leaven.pretext.output import Output
 from leaven.pretext.spark import SparK, SparseUnsupported
+from leaven.pretext.supervised import Supervised, count_correct
 
 __all__ = [
     "Output",
     "SparK",
     "SparseUnsupported",
+    "Supervised",
+    "count_correct",
     "extract_features",
+    "few_label_probe",
+    "few_protocol",
     "knn",
     "knn_protocol",
     "linear_probe",

@@ -1,10 +1,12 @@
 """How good are the features? Weighted kNN and a linear probe under fixed, printed protocols.
 
 Published kNN and linear-probe numbers drift with the temperature, the crop, the norm layers' mode and the
-scaling of the features. Here each has a fixed default, and `knn_protocol` / `linear_protocol` put it into
-words, to be printed with every result.
+scaling of the features. Here each has a fixed default, and `knn_protocol`, `linear_protocol` and `few_protocol` put
+it into words, to be printed with every result. What a name such as knn-v1 stands for never changes: another
+default would be knn-v2.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from leaven.pretext.features import extract_features, recalibrate_batchnorm
 
 __all__ = [
     "extract_features",
+    "few_label_probe",
+    "few_protocol",
     "knn",
     "knn_protocol",
     "linear_probe",
@@ -27,6 +31,11 @@ __all__ = [
 _CHUNK = 2**24
 # L2 penalties that the linear probe tries, strongest first, for the mean loss: sklearn's C is 1 / (l2 * N).
 _L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+# Of the probe with few labels, which has too few to choose one.
+_L2_FEW = 1e-2
+
+# Names of the protocols under their defaults.
+KNN, LINEAR, FEW = "knn-v1", "linear-v1", "few-v1"
 
 
 def knn_protocol(
@@ -49,6 +58,15 @@ def linear_protocol(*, split: str = "train to held-out", crop: str = "whole imag
         f"linear probe: logistic regression on frozen features standardised with train statistics, "
         f"L2 from {_L2_GRID[-1]:g} to {_L2_GRID[0]:g} chosen on a held-out fifth of train, refitted on all, "
         f"norm layers in eval, split: {split}, crop: {crop}, no augmentation"
+    )
+
+
+def few_protocol(*, split: str = "train to held-out", crop: str = "whole image, resized") -> str:
+    """One line that says how a result with few labels was obtained."""
+    return (
+        f"few labels: logistic regression on frozen features of the chosen images, standardised with the statistics "
+        f"of all training images, L2 {_L2_FEW:g} for the mean loss, norm layers in eval, split: {split}, "
+        f"crop: {crop}, no augmentation"
     )
 
 
@@ -112,25 +130,59 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
         ValueError: on shapes or labels that do not fit, non-finite features, fewer than two classes, or no
             class with two examples.
     """
-    from sklearn.linear_model import LogisticRegression
-
-    tensors = _checked(train_x, train_y, test_x, test_y)
-    x, y, queries, labels = (tensor.cpu().numpy() for tensor in tensors)
-    mean, std = x.mean(0), x.std(0)
-    std[std <= 1e-6 * np.abs(mean)] = 1.0  # constant but for rounding, which would be blown up to noise
-    x, queries = (x - mean) / std, (queries - mean) / std
-
-    def fit(l2: float, x: np.ndarray, y: np.ndarray) -> Any:
-        return LogisticRegression(C=1 / (l2 * len(x)), max_iter=2000, random_state=seed).fit(x, y)
-
+    x, y, queries, labels = (t.cpu().numpy() for t in _checked(train_x, train_y, test_x, test_y))
+    x, queries = _standardised(x, queries)
     held_out = _held_out(y, seed)
     if len(np.unique(y)) < 2 or not held_out.any():
         raise ValueError(
             "linear_probe needs at least two classes, and at least one of them with two examples"
         )
-    scores = [fit(l2, x[~held_out], y[~held_out]).score(x[held_out], y[held_out]) for l2 in _L2_GRID]
+    scores = [_regression(l2, x[~held_out], y[~held_out]).score(x[held_out], y[held_out]) for l2 in _L2_GRID]
     best = _L2_GRID[int(np.argmax(scores))]
-    return float(fit(best, x, y).score(queries, labels))
+    return float(_regression(best, x, y).score(queries, labels))
+
+
+def few_label_probe(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, chosen: Sequence[int]
+) -> float:
+    """Top-1 accuracy of logistic regression that is told the labels of a few training images only.
+
+    The features are standardised with the statistics of all training images: those need no labels. The L2 penalty
+    is fixed, since one example of each class leaves nothing to choose it on.
+
+    Args:
+        train_x: (N, D) features.
+        train_y: (N,) class indices from 0.
+        test_x: (M, D) features.
+        test_y: (M,) class indices from 0.
+        chosen: which of the training images are labelled.
+
+    Returns:
+        Accuracy in [0, 1].
+
+    Raises:
+        ValueError: on shapes or labels that do not fit, non-finite features, or fewer than two classes chosen.
+    """
+    x, y, queries, labels = (t.cpu().numpy() for t in _checked(train_x, train_y, test_x, test_y))
+    x, queries = _standardised(x, queries)
+    few = np.asarray(chosen)
+    if len(np.unique(y[few])) < 2:
+        raise ValueError("few_label_probe needs labelled images of at least two classes")
+    return float(_regression(_L2_FEW, x[few], y[few]).score(queries, labels))
+
+
+def _standardised(x: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both by the mean and standard deviation of the first, feature by feature."""
+    mean, std = x.mean(0), x.std(0)
+    std[std <= 1e-6 * np.abs(mean)] = 1.0  # constant but for rounding, which would be blown up to noise
+    return (x - mean) / std, (queries - mean) / std
+
+
+def _regression(l2: float, x: np.ndarray, y: np.ndarray) -> Any:
+    """Multinomial logistic regression: mean cross-entropy + l2 / 2 * |W|^2, the intercept without penalty."""
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=1 / (l2 * len(x)), max_iter=2000).fit(x, y)
 
 
 def _held_out(y: np.ndarray, seed: int) -> np.ndarray:

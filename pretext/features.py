@@ -39,9 +39,9 @@ def extract_features(
         ValueError: on no images, images that are not floating point, or an output that is not a tensor.
     """
     collected = []
-    device = torch.device(device) if device is not None else _device_of(backbone)
+    device = torch.device(device) if device is not None else device_of(backbone)
     # Iterating a DataLoader draws from the global generator: restore it, or evaluating would change training.
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _eval_mode(backbone):
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(backbone):
         pooled = None
         for images in _batches(loader_or_images, batch_size):
             pooled = pooled or _pooling(backbone, images)
@@ -80,8 +80,8 @@ def recalibrate_batchnorm(
     if not norms:
         return 0
     momenta = [norm.momentum for norm in norms]
-    device, seen = _device_of(backbone), 0
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _eval_mode(backbone):
+    device, seen = device_of(backbone), 0
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(backbone):
         try:
             for images in _batches(batches, batch_size):
                 seen += len(images)
@@ -100,7 +100,7 @@ def recalibrate_batchnorm(
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """`module.eval()`, then each submodule's own mode again: a user's frozen layers stay frozen."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
@@ -127,7 +127,8 @@ def _batches(loader_or_images: Tensor | Iterable[Any], batch_size: int) -> Itera
             yield images
 
 
-def _device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Where its parameters are; the CPU for a module without any."""
     parameter = next(module.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 

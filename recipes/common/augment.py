@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from leaven.recipes.common.policies import Policy, auto_augment, random_erasing
 from leaven.recipes.common.sampler import Key, uniform
 
 Size = tuple[int, int]
@@ -75,10 +76,12 @@ def train_transform(
     std: Sequence[float],
     ratio: Range = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
+    aa: Policy = "none",
+    reprob: float = 0.0,
 ) -> Transform:
-    """Random resized crop, mirror, normalise: uint8 (C, H, W) -> float (C, h, w). See `random_box`.
+    """Random resized crop, mirror, automatic augmentation, normalise, erase: uint8 (C, H, W) -> float (C, h, w).
 
-    Nothing here reads the key's strength: a crop has no magnitude.
+    See `random_box`, `auto_augment` (the only one to read the key's strength) and `random_erasing`.
 
     Args:
         size: (h, w) of the output; a size in the key wins.
@@ -87,6 +90,8 @@ def train_transform(
         mean, std: per channel, of images in [0, 1].
         ratio: range of the crop's width / height, relative to the output's.
         interpolation: "bicubic" or "bilinear".
+        aa: automatic augmentation.
+        reprob: probability of erasing a rectangle.
     """
     return partial(
         _train,
@@ -97,6 +102,8 @@ def train_transform(
         std=std,
         ratio=ratio,
         interpolation=interpolation,
+        aa=aa,
+        reprob=reprob,
     )
 
 
@@ -111,6 +118,8 @@ def _train(
     std: Sequence[float],
     ratio: Range,
     interpolation: str,
+    aa: Policy,
+    reprob: float,
 ) -> Tensor:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional as F
@@ -120,7 +129,8 @@ def _train(
     image = F.resized_crop(
         image, *box, list(size), interpolation=InterpolationMode(interpolation), antialias=True
     )
-    return normalise(F.horizontal_flip(image) if flip else image, mean, std)
+    image = auto_augment(F.horizontal_flip(image) if flip else image, key, aa)
+    return random_erasing(normalise(image, mean, std), key, reprob)
 
 
 def eval_transform(

@@ -3,15 +3,19 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from leaven.recipes.common.augment import DeviceAugment, eval_transform, train_transform
 from leaven.recipes.common.data import Data, KeyedDataset, KeyedLoader, make_loader
-from leaven.recipes.common.flags import CommonSettings, UserError
+from leaven.recipes.common.few_labels import labels_of
+from leaven.recipes.common.flags import CommonSettings, ImageSettings, UserError
+from leaven.recipes.common.policies import Policy
 from leaven.recipes.common.sampler import KeyedBatchSampler
 from leaven.recipes.common.sources import Source
 
@@ -27,14 +31,23 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def build_backbone(settings: CommonSettings, size: Size, drop_path: float | None = None) -> nn.Module:
+def build_backbone(
+    settings: ImageSettings, size: Size, drop_path: float | None = None, classes: int | None = None
+) -> nn.Module:
     """The backbone that the flags describe: ``--backbone --init --in-chans --grad-checkpointing``.
+
+    Args:
+        settings: the flags.
+        size: (H, W) of the images.
+        drop_path: stochastic depth.
+        classes: of the library's own classifier, which need not be in ``--init`` and is then fresh; 0 to leave a
+            classifier out where it can be. None: no classifier, and none in the file.
 
     Raises:
         UserError: it cannot do what the flags ask, or its weights cannot be had.
         UnknownBackbone: no such name.
     """
-    from leaven.backbones import WeightsMismatch, create, load
+    from leaven.backbones import WeightsMismatch, create, load, load_around_classifier
 
     if drop_path is not None and not 0 <= drop_path < 1:
         raise UserError(f"--drop-path {drop_path} must be at least 0 and below 1")
@@ -45,6 +58,7 @@ def build_backbone(settings: CommonSettings, size: Size, drop_path: float | None
                 settings.backbone,
                 pretrained=pretrained,
                 in_chans=settings.in_chans,
+                num_classes=classes or 0,
                 drop_path_rate=drop_path,
                 image_size=size,
             )
@@ -57,8 +71,14 @@ def build_backbone(settings: CommonSettings, size: Size, drop_path: float | None
         ) from error
     if settings.init is not None and not pretrained:
         with user_errors(FileNotFoundError, WeightsMismatch):
-            load(backbone, settings.init)
-    if settings.grad_checkpointing:
+            if classes is None:
+                load(backbone, settings.init)
+            else:
+                fresh = load_around_classifier(backbone, settings.init)
+                print_once(
+                    f"--init {settings.init}: " + (f"all but {', '.join(fresh)}" if fresh else "all weights")
+                )
+    if isinstance(settings, CommonSettings) and settings.grad_checkpointing:
         switch: Any = getattr(backbone, "set_grad_checkpointing", None)
         if switch is None:
             raise UserError(
@@ -66,6 +86,12 @@ def build_backbone(settings: CommonSettings, size: Size, drop_path: float | None
             )
         switch()
     return backbone
+
+
+def print_once(line: str) -> None:
+    """Print on the main process alone."""
+    if PartialState().is_main_process:
+        print(line)
 
 
 @dataclass(frozen=True)
@@ -80,13 +106,13 @@ class Images:
     """
 
     data: Data
-    settings: CommonSettings
+    settings: ImageSettings
     size: Size
     mean: Sequence[float]
     std: Sequence[float]
 
     @classmethod
-    def of(cls, data: Data, settings: CommonSettings, size: Size, backbone: nn.Module) -> "Images":
+    def of(cls, data: Data, settings: ImageSettings, size: Size, backbone: nn.Module) -> "Images":
         """Normalised as pretrained weights expect it, or else by the data's own statistics."""
         from leaven.backbones import data_config
 
@@ -100,9 +126,16 @@ class Images:
         return f"images {self.size[0]}x{self.size[1]}, normalised with mean {numbers[0]} and std {numbers[1]}"
 
     def train(
-        self, scale: tuple[float, float], accelerator: Accelerator
+        self,
+        scale: tuple[float, float],
+        accelerator: Accelerator,
+        *,
+        hflip: float = 0.5,
+        aa: Policy = "none",
+        reprob: float = 0.0,
+        repeats: int = 1,
     ) -> tuple[KeyedLoader, Callable[[Any], Tensor]]:
-        """Random resized crops (bicubic) and flips for this process.
+        """Random resized crops (bicubic), flips and what else `train_transform` can, for this process.
 
         Returns:
             The loader, and what makes images (B, C, H, W) of the first part of its batches: with
@@ -112,14 +145,21 @@ class Images:
             raise UserError(
                 f"--crop-scale {scale[0]},{scale[1]} must be two shares of the area, the smaller first"
             )
-        settings, rank, processes = self.settings, accelerator.process_index, accelerator.num_processes
-        sampler = KeyedBatchSampler(len(self.data.train), settings.batch_size, settings.seed, rank, processes)
+        settings = cast(CommonSettings, self.settings)  # who trains has them
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        sampler = KeyedBatchSampler(
+            len(self.data.train), settings.batch_size, settings.seed, rank, processes, repeats=repeats
+        )
         augment = None
         if settings.augment_on == "device":
+            if aa != "none" or reprob:
+                raise UserError("--augment-on device crops and flips only; leave --aa and --reprob out")
             # Whole images are stacked: a fifth more than the output keeps the pixels of most crops.
             stored = (self.size[0] * 6 // 5, self.size[1] * 6 // 5)
-            augment = DeviceAugment(self.size, scale, 0.5, self.mean, self.std, stored=stored)
-        transform = augment.draw if augment else train_transform(self.size, scale, 0.5, self.mean, self.std)
+            augment = DeviceAugment(self.size, scale, hflip, self.mean, self.std, stored=stored)
+        transform = train_transform(self.size, scale, hflip, self.mean, self.std, aa=aa, reprob=reprob)
+        if augment is not None:
+            transform = augment.draw
         dataset = KeyedDataset(self.data.train, transform)
         pin = accelerator.device.type == "cuda"
         loader = make_loader(dataset, sampler, settings.workers, pin_memory=pin)
@@ -131,10 +171,26 @@ class Images:
 
         return loader, images
 
-    def whole(self, source: Source, most: int, size: Size | None = None) -> KeyedLoader:
-        """Whole images, resized to cover the size and centre-cropped, in order; at most ``most``, evenly spread."""
-        part = Part(source, most)
-        transform = eval_transform(size or self.size, 1.0, self.mean, self.std)
+    def whole(
+        self,
+        source: Source,
+        most: int,
+        size: Size | None = None,
+        *,
+        crop_pct: float = 1.0,
+        share: tuple[int, int] = (0, 1),
+    ) -> KeyedLoader:
+        """Whole images, resized to cover the size and centre-cropped, in order; at most ``most``, evenly spread.
+
+        Args:
+            source: the images.
+            most: how many at most.
+            size: (H, W), None for the one of training.
+            crop_pct: share of the resized image that the crop keeps, per side.
+            share: (i, n) for the i-th of n disjoint parts, as for one of n processes.
+        """
+        part = Part(source, most, share)
+        transform = eval_transform(size or self.size, crop_pct, self.mean, self.std)
         sampler = KeyedBatchSampler(
             len(part), self.settings.batch_size, self.settings.seed, shuffle=False, drop_last=False
         )
@@ -142,16 +198,24 @@ class Images:
 
 
 class Part:
-    """At most ``most`` images of a source, evenly spread over it."""
+    """At most ``most`` images of a source, evenly spread over it; of those every n-th from the i-th on."""
 
-    def __init__(self, source: Source, most: int) -> None:
-        self.source, self.n = source, min(most, len(source))
+    def __init__(self, source: Source, most: int, share: tuple[int, int] = (0, 1)) -> None:
+        self.source, self.n, self.share = source, min(most, len(source)), share
 
     def __len__(self) -> int:
-        return self.n
+        return len(range(self.share[0], self.n, self.share[1]))
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """All labels (n,), without reading the images."""
+        return labels_of(self.source)[[self._at(index) for index in range(len(self))]]
 
     def image(self, index: int) -> Tensor:
-        return self.source.image(index * len(self.source) // self.n)
+        return self.source.image(self._at(index))
 
     def label(self, index: int) -> int | None:
-        return self.source.label(index * len(self.source) // self.n)
+        return self.source.label(self._at(index))
+
+    def _at(self, index: int) -> int:
+        return (self.share[0] + index * self.share[1]) * len(self.source) // self.n

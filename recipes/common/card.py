@@ -24,6 +24,7 @@ def write_card(
     how: Sequence[str],
     results: Sequence[tuple[str, str]],
     in_chans: int = 3,
+    num_classes: int = 0,
 ) -> None:
     """Write README.md.
 
@@ -35,17 +36,19 @@ def write_card(
         how: lines about training and evaluation; all settings are in config.yaml.
         results: (what, value), in the order to show.
         in_chans: channels that the backbone reads.
+        num_classes: of its classifier, 0 for none.
 
     Raises:
         UserError: it cannot be written.
     """
     name = backbone.removeprefix("tv:")
     channels = "" if in_chans == 3 else f", in_chans={in_chans}"
-    package, plain = "timm", f"timm.create_model({name!r}, num_classes=0{channels})"
+    classes = f", num_classes={num_classes}" if num_classes else ""
+    package, plain = "timm", f"timm.create_model({name!r}, num_classes={num_classes}{channels})"
     if backbone.startswith("tv:"):
-        package, plain = "torchvision", f"torchvision.models.get_model({name!r})"
+        package, plain = "torchvision", f"torchvision.models.get_model({name!r}{classes})"
     elif ":" in backbone:
-        package, plain = backbone.split(":")[0], f"{backbone.replace(':', '.')}({channels[2:]})"
+        package, plain = backbone.split(":")[0], f"{backbone.replace(':', '.')}({(channels + classes)[2:]})"
     pictures = sorted(path.name for path in run.plots.glob("*.png"))
     versions = ", ".join([f"Python {platform.python_version()}", *(f"{p} {_version(p)}" for p in _PACKAGES)])
     lines = [

@@ -21,12 +21,13 @@ from leaven.recipes.common.start import LoopSettings
 S = TypeVar("S", bound=LoopSettings)
 
 
-def dry_run(train: Callable[[S, Data], None], settings: S) -> None:
+def dry_run(train: Callable[[S, Data], None], settings: S, classes: int = 0) -> None:
     """Train two updates on noise, again from the checkpoint between them, and load what was exported.
 
     Args:
         train: the recipe; it prints and writes its run folder as always.
         settings: of a real run; what makes it long or needs data is replaced.
+        classes: label the noise with so many classes, for a recipe that needs labels.
 
     Raises:
         UserError: more than one process.
@@ -51,7 +52,7 @@ def dry_run(train: Callable[[S, Data], None], settings: S) -> None:
             log_with=None,
             output_dir=str(run.path),
         )
-        data = noise(2 * batch * settings.grad_accum_steps, size, settings.in_chans)
+        data = noise(2 * batch * settings.grad_accum_steps, size, settings.in_chans, classes)
         train(small, data)
         second, first = listing(run.checkpoints)
         before = load_checkpoint(second)["model"]
@@ -66,10 +67,11 @@ def dry_run(train: Callable[[S, Data], None], settings: S) -> None:
         print("dry run: exported weights load into the plain backbone; everything works here")
 
 
-def noise(n: int, size: tuple[int, int], in_chans: int) -> Data:
-    """Unlabelled images of noise."""
+def noise(n: int, size: tuple[int, int], in_chans: int, classes: int = 0) -> Data:
+    """Images of noise, unlabelled or with labels in turn."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, in_chans, *size), generator=generator, dtype=torch.uint8)
-    source = ArraySource(images, None)
+    source = ArraySource(images, [i % classes for i in range(n)] if classes else None)
     half = (0.5,) * in_chans
-    return Data("noise", "noise", source, source, (), half, half, size, ["noise, for a dry run"])
+    names = tuple(str(label) for label in range(classes))
+    return Data("noise", "noise", source, source, names, half, half, size, ["noise, for a dry run"])

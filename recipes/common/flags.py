@@ -1,7 +1,8 @@
 """Flags from a dataclass of settings, a YAML file below them, and one-line errors.
 
-A recipe writes its settings once, as a dataclass that extends `CommonSettings`: names, types, defaults
-and help texts are taken from there. Precedence: default < preset < `--config FILE.yaml` < flags.
+A recipe writes its settings once, as a dataclass that extends `CommonSettings`, or `ImageSettings` if it does not
+train: names, types, defaults and help texts are taken from there.
+Precedence: default < preset < `--config FILE.yaml` < flags.
 """
 
 from __future__ import annotations
@@ -38,20 +39,39 @@ def flag(default: T, help: str) -> T:
 
 
 @dataclasses.dataclass
-class CommonSettings:
-    """The flags that every recipe has; a recipe extends this with its own and may change defaults."""
+class ImageSettings:
+    """The flags of every recipe: a backbone, and images for it."""
 
     backbone: str = flag("convnext_t", "timm name, tv:NAME for torchvision, or package.module:factory")
     data: str = flag("digits", "digits, tv:NAME@ROOT for a torchvision data set, or a folder of images")
     image_size: tuple[int, int] | None = flag(None, "N or HxW in pixels; none: what suits the data")
     in_chans: int = flag(3, "channels that the images are read with: 1 grey, 3 RGB")
     max_bad_images: int = flag(10, "unreadable images per split to name and skip before giving up")
+    workers: int = flag(2, "processes that load data; 0: load in the main process")
+    batch_size: int = flag(64, "images per step on each process")
+    init: str | None = flag(None, "weights to start from: a .safetensors file, or `pretrained`")
+    seed: int = flag(0, "seed of everything random")
+    output_dir: str | None = flag(None, "run folder; none: runs/RECIPE-BACKBONE-DATA")
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name, None)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.image_size is not None and min(self.image_size) < 1:
+            raise UserError("--image-size must be positive, as in 224 or 96x128")
+        if self.in_chans not in (1, 3):
+            raise UserError(f"--in-chans must be 1 or 3, got {self.in_chans}")
+
+
+@dataclasses.dataclass
+class CommonSettings(ImageSettings):
+    """The flags that every training recipe has; a recipe extends this with its own and may change defaults."""
+
     augment_on: Literal["loader", "device"] = flag(
         "loader", "where crop and flip run; device: on the GPU, by kornia"
     )
-    workers: int = flag(2, "processes that load data; 0: load in the training process")
     epochs: int = flag(10, "passes over the training images")
-    batch_size: int = flag(64, "images per step on each process")
     grad_accum_steps: int = flag(1, "batches per optimizer update")
     lr: float = flag(1e-3, "peak learning rate")
     weight_decay: float = flag(0.05, "weight decay")
@@ -59,29 +79,16 @@ class CommonSettings:
     opt: str = flag("adamw", "optimizer, by timm's name")
     sched: Literal["cosine", "constant"] = flag("cosine", "learning rate after the warm-up")
     clip_grad: float | None = flag(None, "largest gradient norm; none: no clipping")
-    init: str | None = flag(None, "weights to start from: a .safetensors file, or `pretrained`")
-    seed: int = flag(0, "seed of everything random")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "precision of the forward pass")
     channels_last: bool = flag(False, "channels_last memory format")
     grad_checkpointing: bool = flag(False, "less memory for more time, where the backbone offers it")
     compile: bool = flag(False, "torch.compile the model")
     resume: str | None = flag(None, "auto: newest checkpoint in --output-dir; or a checkpoint folder")
-    output_dir: str | None = flag(None, "run folder; none: runs/RECIPE-BACKBONE-DATA")
     log_with: str | None = flag(None, "accelerate trackers, comma-separated: tensorboard,wandb")
     save_every: int = flag(1, "epochs between checkpoints")
     keep: int = flag(2, "checkpoints to keep")
     limit_batches: int | None = flag(None, "stop each epoch after this many batches")
     dry_run: bool = flag(False, "two updates, checkpoint, reload, export: does it all work here?")
-
-    def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-        if self.image_size is not None and min(self.image_size) < 1:
-            raise UserError("--image-size must be positive, as in 224 or 96x128")
-        if self.in_chans not in (1, 3):
-            raise UserError(f"--in-chans must be 1 or 3, got {self.in_chans}")
 
 
 _LEAST: dict[str, float] = {

@@ -1,6 +1,7 @@
 """The optimizer by timm's name, with weight decay only where it belongs."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -13,11 +14,18 @@ from leaven.recipes.common.start import LoopSettings
 _NO_DECAY = ("*gamma*", "*layer_scale*")
 
 
-def make_optimizer(objective: nn.Module, settings: LoopSettings) -> Optimizer:
+def make_optimizer(
+    objective: nn.Module, settings: LoopSettings, lr_scales: Mapping[str, float] | None = None
+) -> Optimizer:
     """The optimizer of all trainable parameters, from ``--opt --lr --weight-decay --betas --clip-grad``.
 
     Gradients are clipped once: an optimizer that clips by itself (timm's LAMB, at norm 1 unless told) is told the
     limit, and `clips_itself` lets the loop know.
+
+    Args:
+        objective: what to train.
+        settings: the flags.
+        lr_scales: parameter name -> share of the learning rate, as `set_schedule` keeps it; see `layer_scales`.
 
     Raises:
         UserError: unknown name, or an optimizer that has no betas where some are given.
@@ -38,6 +46,8 @@ def make_optimizer(objective: nn.Module, settings: LoopSettings) -> Optimizer:
     decay = max(settings.weight_decay, settings.weight_decay_end or 0.0)
     own: Any = getattr(objective, "no_weight_decay", tuple)  # timm's convention for a model's own exceptions
     groups = optim.param_groups_weight_decay(objective, decay, no_weight_decay_list={*own(), *_NO_DECAY})
+    if lr_scales is not None:
+        groups = _by_scale(groups, {p: lr_scales[name] for name, p in objective.named_parameters()})
     try:
         optimizer: Optimizer = optim.create_optimizer_v2(
             groups, name, lr=settings.lr, weight_decay=decay, **kwargs
@@ -47,6 +57,29 @@ def make_optimizer(objective: nn.Module, settings: LoopSettings) -> Optimizer:
     if clips_itself(optimizer):
         optimizer.defaults["max_grad_norm"] = settings.clip_grad  # where LAMB's step reads it
     return optimizer
+
+
+def layer_scales(depths: Mapping[str, int], decay: float, prefix: str = "") -> dict[str, float]:
+    """Layer-wise decay: the learning rate's share of each parameter, `decay` per group below the classifier's.
+
+    Args:
+        depths: parameter name -> depth, from `leaven.backbones.layer_groups`.
+        decay: 1 for the same rate everywhere.
+        prefix: of the names in the objective.
+    """
+    top = max(depths.values())
+    return {prefix + name: decay ** (top - depth) for name, depth in depths.items()}
+
+
+def _by_scale(groups: list[dict[str, Any]], scales: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
+    """Each group split by its parameters' shares of the learning rate, the smallest first."""
+    split = []
+    for group in groups:
+        for scale in sorted({scales[p] for p in group["params"]}):
+            split.append(
+                group | {"params": [p for p in group["params"] if scales[p] == scale], "lr_scale": scale}
+            )
+    return split
 
 
 def clips_itself(optimizer: Optimizer) -> bool:

@@ -15,7 +15,7 @@ from leaven.pretext import (
     recalibrate_batchnorm,
 )
 from leaven.recipes.common.batches import Images
-from leaven.recipes.common.data import KeyedLoader
+from leaven.recipes.common.data import Data, KeyedLoader
 
 # Raw pixels are compared at the stored size, up to this side: a linear probe on 150,528 numbers tells no more.
 _PIXELS = 32
@@ -38,21 +38,17 @@ def probe(
         Results as (what, percent), and lines to print: protocol, then a table.
     """
     data, settings = images.data, images.settings
-    lines = []
-    for name, backbone in backbones.items():
-        if layers := recalibrate_batchnorm(backbone, images.whole(data.train, 8 * settings.batch_size)):
-            lines.append(
-                f"{name}: statistics of {layers} BatchNorm layers taken anew from whole training images"
-            )
+    lines = recalibrate(backbones, images)
     if not data.classes:
         return [], [*lines, "no labels: kNN and linear probe are skipped"]
-    stored = data.train.image(0).shape[-2:]
-    raw = (min(int(stored[0]), _PIXELS), min(int(stored[1]), _PIXELS))
+    raw = pixel_size(data)
     loaders = [images.whole(part, most) for part in (data.train, data.val)]
-    pairs = [_features(nn.Flatten(), images.whole(part, most, raw)) for part in (data.train, data.val)]
+    pairs = [
+        labelled_features(nn.Flatten(), images.whole(part, most, raw)) for part in (data.train, data.val)
+    ]
     scores = {f"raw pixels {raw[0]}x{raw[1]}": _scores(pairs, settings.seed)}
     for name, backbone in backbones.items():
-        scores[name] = _scores([_features(backbone, loader) for loader in loaders], settings.seed)
+        scores[name] = _scores([labelled_features(backbone, loader) for loader in loaders], settings.seed)
     crop = f"whole image resized to cover {images.size[0]}x{images.size[1]}, centre crop"
     split = f"{len(pairs[0][0])} training to {len(pairs[1][0])} held-out images"
     k = min(20, len(pairs[0][0]))
@@ -66,6 +62,24 @@ def probe(
     ], lines
 
 
+def recalibrate(backbones: Mapping[str, nn.Module], images: Images) -> list[str]:
+    """Take the BatchNorm statistics of every backbone anew, from whole training images; lines that say so."""
+    lines = []
+    for name, backbone in backbones.items():
+        some = images.whole(images.data.train, 8 * images.settings.batch_size)
+        if layers := recalibrate_batchnorm(backbone, some):
+            lines.append(
+                f"{name}: statistics of {layers} BatchNorm layers taken anew from whole training images"
+            )
+    return lines
+
+
+def pixel_size(data: Data) -> tuple[int, int]:
+    """(H, W) at which raw pixels are compared."""
+    height, width = data.train.image(0).shape[-2:]
+    return min(int(height), _PIXELS), min(int(width), _PIXELS)
+
+
 def _table(results: dict[str, dict[str, float]]) -> list[str]:
     """The results as lines, one per row, in percent."""
     width = max(len(name) for name in results)
@@ -76,7 +90,8 @@ def _table(results: dict[str, dict[str, float]]) -> list[str]:
     return [f"{'top-1 %':<{width}}  {'kNN':>6}  {'linear probe':>12}", *rows]
 
 
-def _features(backbone: nn.Module, loader: KeyedLoader) -> tuple[Tensor, Tensor]:
+def labelled_features(backbone: nn.Module, loader: KeyedLoader) -> tuple[Tensor, Tensor]:
+    """Features (N, D) of the loader's images, and their labels (N,)."""
     labels: list[Tensor] = []
 
     def images() -> Iterator[Any]:

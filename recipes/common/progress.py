@@ -39,6 +39,8 @@ class Progress:
     def __call__(self, row: Mapping[str, Any]) -> None:
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.2e}", refresh=False)
         self.bar.update()
+        if held_out := [f"{name} {value:.4f}" for name, value in row.items() if name.startswith("val_")]:
+            self.bar.write(f"epoch {row['epoch']:.2f}  {'  '.join(held_out)}")
         if self.lines and (row["step"] % self.every == 0 or row["step"] == self.total):
             print(
                 f"update {row['step']}/{self.total}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "

@@ -98,6 +98,9 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         shuffle: False keeps the data set's own order (evaluation).
         drop_last: True for training.
         schedule: batch number -> `BatchSpec`, in place of `batch_size`, `size` and `strength`.
+        repeats: repeated augmentation (Hoffer et al., 2020; Berman et al., 2019): an epoch has as many samples, of
+            a `repeats`-th of the images, each that often with other draws; on several ranks the copies fall to
+            different ones.
 
     Raises:
         UserError: less than one batch per epoch.
@@ -118,11 +121,12 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         shuffle: bool = True,
         drop_last: bool = True,
         schedule: Callable[[int], BatchSpec] | None = None,
+        repeats: int = 1,
     ) -> None:
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.size, self.strength, self.schedule = size, strength, schedule
-        self.shuffle, self.drop_last = shuffle, drop_last
+        self.shuffle, self.drop_last, self.repeats = shuffle, drop_last, repeats
         self.epoch, self.position = 0, 0
         self.epoch_start = 0  # number of this epoch's first batch, since the start of training
         if len(self) == 0:
@@ -160,12 +164,17 @@ class KeyedBatchSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, first = self.epoch, self.position
         order = permutation(self.seed, epoch, self.n) if self.shuffle else np.arange(self.n)
-        mine = np.resize(order, self.samples_per_rank * self.world_size)[
-            self.rank :: self.world_size
-        ].tolist()
+        order = np.repeat(order, self.repeats)[: self.n]
+        # Copies of an image differ in the epoch that their draws are keyed by: no two (epoch, copy) share one.
+        draws = epoch * self.repeats + np.arange(self.n) % self.repeats
+        both = np.stack([draws, order], axis=1)
+        mine = both[np.arange(self.rank, self.samples_per_rank * self.world_size, self.world_size) % self.n]
+        pairs = mine.tolist()
         for batch, (start, stop, spec) in enumerate(self._slices()):
             if batch >= first:
-                yield [Key(self.seed, epoch, index, spec.size, spec.strength) for index in mine[start:stop]]
+                yield [
+                    Key(self.seed, draw, index, spec.size, spec.strength) for draw, index in pairs[start:stop]
+                ]
 
     def __len__(self) -> int:
         """Batches in the whole epoch, those already taken included."""

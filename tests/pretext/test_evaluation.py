@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from leaven.pretext import evaluation
 from leaven.pretext.evaluation import (
     extract_features,
+    few_label_probe,
+    few_protocol,
     knn,
     knn_protocol,
     linear_probe,
@@ -192,6 +195,104 @@ def test_held_out_part_has_a_fifth_of_every_class_and_spares_singletons() -> Non
     assert (held_out != evaluation._held_out(y, seed=1)).any()
 
 
+# --- logistic regression, a second time
+
+
+def full_batch_regression(x: Tensor, y: Tensor, l2: float, steps: int = 300) -> tuple[Tensor, Tensor]:
+    """Weights (D, classes) and intercepts by plain gradient descent with momentum, float64, on mean loss + penalty."""
+    classes = int(y.max()) + 1
+    weights, bias = torch.zeros(x.shape[1], classes).double(), torch.zeros(classes).double()
+    target = F.one_hot(y, classes).double()
+    # The loss is smooth with constant |x|^2 / 2: Nesterov's method with that step needs no search.
+    step = 1 / (float(torch.linalg.matrix_norm(x, 2)) ** 2 / (2 * len(x)) + 0.5 + l2)
+    ahead, ahead_bias = weights.clone(), bias.clone()
+    for number in range(steps):
+        error = ((x @ ahead + ahead_bias).softmax(1) - target) / len(x)
+        new, new_bias = ahead - step * (x.T @ error + l2 * ahead), ahead_bias - step * error.sum(0)
+        momentum = number / (number + 3)
+        ahead, ahead_bias = new + momentum * (new - weights), new_bias + momentum * (new_bias - bias)
+        weights, bias = new, new_bias
+    return weights, bias
+
+
+def standardise(x: Tensor, other: Tensor) -> Tensor:
+    return (other.double() - x.double().mean(0)) / x.double().std(0, correction=0)
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-3])
+def test_two_implementations_agree_on_probabilities(l2: float) -> None:
+    train_x, train_y = blobs(300, spread=2.0)
+    test_x, test_y = blobs(400, spread=2.0, seed=1)
+    x, queries = standardise(train_x, train_x), standardise(train_x, test_x)
+    ours = evaluation._regression(l2, x.numpy(), train_y.numpy())
+    weights, bias = full_batch_regression(x, train_y, l2, steps=3000)
+    theirs = (queries @ weights + bias).softmax(1)
+    assert np.abs(ours.predict_proba(queries.numpy()) - theirs.numpy()).max() < 5e-3
+    accuracy = float((theirs.argmax(1) == test_y).float().mean())
+    assert ours.score(queries.numpy(), test_y.numpy()) == pytest.approx(accuracy, abs=0.005)
+    assert 0.4 < accuracy < 0.95  # neither at chance nor solved
+
+
+def test_the_linear_probe_is_that_of_a_second_implementation() -> None:
+    """The whole protocol by plain gradient descent: standardise, choose the penalty, fit again, score."""
+    train_x, train_y = blobs(300, spread=2.0)
+    test_x, test_y = blobs(500, spread=2.0, seed=1)
+
+    def accuracy(x: Tensor, y: Tensor, on: Tensor, on_y: Tensor, l2: float) -> float:
+        weights, bias = full_batch_regression(x, y, l2, steps=3000)
+        return float(((on @ weights + bias).argmax(1) == on_y).float().mean())
+
+    x, queries = standardise(train_x, train_x), standardise(train_x, test_x)
+    held_out = torch.from_numpy(evaluation._held_out(train_y.numpy(), seed=0))
+    scores = [
+        accuracy(x[~held_out], train_y[~held_out], x[held_out], train_y[held_out], l2)
+        for l2 in evaluation._L2_GRID
+    ]
+    best = evaluation._L2_GRID[scores.index(max(scores))]
+    expected = accuracy(x, train_y, queries, test_y, best)
+    assert linear_probe(train_x, train_y, test_x, test_y) == pytest.approx(expected, abs=0.005)
+
+
+def test_where_nothing_can_be_learnt_both_are_at_chance() -> None:
+    """No step, a learning rate of zero; scikit-learn, which always steps, is held at zero by the penalty."""
+    train_x, train_y = blobs(5000, spread=0.1)
+    train_x, train_y = (
+        torch.cat([part[train_y == label][:100] for label in range(5)]) for part in (train_x, train_y)
+    )
+    test_x, test_y = blobs(500, spread=0.1, seed=1)
+    x, queries = standardise(train_x, train_x), standardise(train_x, test_x)
+    assert linear_probe(train_x, train_y, test_x, test_y) == 1.0  # what there is to learn
+    weights, bias = full_batch_regression(x, train_y, 1e-2, steps=0)
+    assert np.allclose((queries @ weights + bias).softmax(1), 0.2)
+    held = evaluation._regression(1e9, x.numpy(), train_y.numpy())
+    assert np.allclose(held.predict_proba(queries.numpy()), 0.2, atol=1e-4)
+
+
+# --- few labels
+
+
+def test_few_labels_are_fitted_on_the_chosen_alone_and_standardised_on_all() -> None:
+    train_x, train_y = blobs(300, spread=1.5)
+    test_x, test_y = blobs(400, spread=1.5, seed=1)
+    chosen = [int((train_y == label).nonzero()[i]) for label in range(5) for i in range(4)]
+    x, queries = standardise(train_x, train_x), standardise(train_x, test_x)
+    weights, bias = full_batch_regression(x[chosen], train_y[chosen], evaluation._L2_FEW, steps=3000)
+    expected = float(((queries @ weights + bias).argmax(1) == test_y).float().mean())
+    found = few_label_probe(train_x, train_y, test_x, test_y, chosen)
+    assert found == pytest.approx(expected, abs=0.005)
+    # The other labels are not looked at.
+    wrong = (train_y + 1) % 5
+    wrong[chosen] = train_y[chosen]
+    assert few_label_probe(train_x, wrong, test_x, test_y, chosen) == found
+    # Features of any scale: the statistics are those of all images.
+    scale = torch.logspace(-3, 3, 16)
+    assert few_label_probe(train_x * scale, train_y, test_x * scale, test_y, chosen) == pytest.approx(
+        found, abs=0.005
+    )
+    with pytest.raises(ValueError, match="at least two classes"):
+        few_label_probe(train_x, train_y, test_x, test_y, chosen[:4])
+
+
 # --- both, on real images
 
 
@@ -256,6 +357,26 @@ def test_protocols_name_every_choice() -> None:
     ):
         assert part in line
     assert "0.07" in knn_protocol()
+    assert "all training images, L2 0.01" in few_protocol()
+
+
+def test_protocols_keep_what_their_names_promise() -> None:
+    """To change a default is to change the name: knn-v1 printed with two results must mean one thing."""
+    assert (evaluation.KNN, evaluation.LINEAR, evaluation.FEW) == ("knn-v1", "linear-v1", "few-v1")
+    same = {"split": "S", "crop": "C"}
+    assert knn_protocol(**same) == (
+        "kNN: k=20, votes weighted by exp(cosine / 0.07), features L2-normalised, norm layers in eval, "
+        "split: S, crop: C, no augmentation"
+    )
+    assert linear_protocol(**same) == (
+        "linear probe: logistic regression on frozen features standardised with train statistics, L2 from 0.0001 "
+        "to 1 chosen on a held-out fifth of train, refitted on all, norm layers in eval, split: S, crop: C, "
+        "no augmentation"
+    )
+    assert few_protocol(**same) == (
+        "few labels: logistic regression on frozen features of the chosen images, standardised with the statistics "
+        "of all training images, L2 0.01 for the mean loss, norm layers in eval, split: S, crop: C, no augmentation"
+    )
 
 
 # --- features

@@ -303,3 +303,38 @@ def test_workers_outlive_a_signal_to_the_process_group(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     assert process.stdout.readline() == "30 ['int', 'term']\n"
     assert process.wait(30) == 0
+
+
+# Repeated augmentation
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_repeats_show_a_third_of_the_images_three_times_with_other_draws(world):
+    n, repeats = 60, 3
+    ranks = [
+        list(KeyedBatchSampler(n, 5, 4, rank, world, epoch=2, repeats=repeats, drop_last=False))
+        for rank in range(world)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    keys = [key for batches in ranks for batch in batches for key in batch]
+    assert len(keys) == n
+    assert len(set(keys)) == n  # no view twice
+    views = Counter(key.index for key in keys)
+    assert set(views.values()) == {3}
+    assert len(views) == 20
+    if world == 3:  # each rank sees an image once
+        assert all(len({key.index for batch in batches for key in batch}) == 20 for batches in ranks)
+    first_third = [key.index for batch in KeyedBatchSampler(n, 5, 4, epoch=2) for key in batch][:20]
+    assert list(dict.fromkeys(sorted(views))) == sorted(first_third)
+
+
+def test_repeats_draw_anew_in_every_epoch_and_one_is_none():
+    epochs = [
+        {key.epoch for batch in KeyedBatchSampler(30, 5, epoch=e, repeats=3) for key in batch}
+        for e in range(4)
+    ]
+    assert epochs == [{3 * e, 3 * e + 1, 3 * e + 2} for e in range(4)]
+    assert list(KeyedBatchSampler(31, 5, epoch=3, repeats=1)) == list(KeyedBatchSampler(31, 5, epoch=3))
+    # A number that three does not divide: the last image comes less often.
+    views = Counter(key.index for batch in KeyedBatchSampler(31, 1, repeats=3) for key in batch)
+    assert sorted(views.values()) == [1] + [3] * 10

@@ -5,9 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from leaven.recipes.common.flags import UserError
+from leaven.recipes.common.optimizer import layer_scales, make_optimizer
 from leaven.recipes.common.schedule import Plan, cosine, learning_rate, set_schedule, weight_decay
+from leaven.recipes.common.start import LoopSettings
 
 PLAN = Plan(epochs=10, batches=7, accumulation=2, warmup_epochs=2)
 
@@ -78,3 +81,38 @@ def test_groups_without_decay_keep_none_and_scaled_groups_their_share() -> None:
         set_schedule(optimizer, 0.01, decay)
         assert [group["weight_decay"] for group in optimizer.param_groups] == [decay, 0.0]
         assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.01]
+
+
+def test_layers_learn_at_their_share_of_every_rate() -> None:
+    """Three depths by hand; weight decay stays where it was, and every parameter is in exactly one group."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    depths = {"0.weight": 0, "0.bias": 0, "1.weight": 1, "1.bias": 1, "2.weight": 2, "2.bias": 2}
+    scales = layer_scales(depths, 0.7)
+    assert scales["0.weight"] == pytest.approx(0.49)
+    assert layer_scales(depths, 1.0, "net.") == {f"net.{name}": 1.0 for name in depths}
+    for opt in ("adamw", "lamb", "sgd"):
+        optimizer = make_optimizer(net, LoopSettings(opt=opt, weight_decay=0.1), scales)
+        set_schedule(optimizer, 2.0, 0.05)
+        names = {id(parameter): name for name, parameter in net.named_parameters()}
+        found = {
+            names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]
+        }
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == 6
+        shares = {0: 0.49, 1: 0.7, 2: 1.0}
+        for name, depth in depths.items():
+            decay = 0.05 if name in ("0.weight", "2.weight") else 0.0
+            assert found[name] == pytest.approx((2 * shares[depth], decay)), (opt, name)
+
+
+def test_a_layers_share_reaches_its_weights() -> None:
+    """The first step of SGD with plain momentum is the rate times the gradient."""
+    net = nn.Linear(2, 2)
+    optimizer = make_optimizer(
+        net, LoopSettings(opt="momentum", weight_decay=0.0), {"weight": 0.25, "bias": 1.0}
+    )
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    net(torch.ones(1, 2)).sum().backward()
+    set_schedule(optimizer, 0.1, 0.0)
+    optimizer.step()
+    assert torch.allclose(before["weight"] - net.weight, torch.full((2, 2), 0.025))
+    assert torch.allclose(before["bias"] - net.bias, torch.full((2,), 0.1))

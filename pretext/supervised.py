@@ -1,0 +1,108 @@
+"""Supervised classification as an objective, and its evaluation."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leaven.backbones import save
+from leaven.pretext.features import device_of, eval_mode
+from leaven.pretext.output import Output
+
+
+class Supervised(nn.Module):
+    """Cross-entropy of a network with its own classifier, by timm's losses.
+
+    Args:
+        model: gives logits (B, N), as `leaven.backbones.create(name, num_classes=N)` builds it.
+        smoothing: label smoothing of class indices, in [0, 1). Soft labels are taken as they are: timm's Mixup
+            smooths them itself.
+        bce: one binary cross-entropy per class in place of softmax (Wightman et al., ResNet strikes back, 2021).
+
+    Attributes:
+        backbone: the model, classifier included.
+
+    Raises:
+        ValueError: a smoothing out of range.
+    """
+
+    def __init__(self, model: nn.Module, smoothing: float = 0.0, bce: bool = False) -> None:
+        import timm.loss
+
+        super().__init__()
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must be at least 0 and below 1, not {smoothing}")
+        self.backbone = model
+        losses: Any = timm.loss
+        self.of_indices, self.of_soft = (
+            losses.LabelSmoothingCrossEntropy(smoothing),
+            losses.SoftTargetCrossEntropy(),
+        )
+        if bce:
+            self.of_indices, self.of_soft = (
+                losses.BinaryCrossEntropy(smoothing),
+                losses.BinaryCrossEntropy(0.0),
+            )
+
+    def forward(self, images: Tensor, targets: Tensor) -> Output:
+        """The loss, and in training terms its accuracy.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            targets: class indices (B,), or soft labels (B, N).
+
+        Returns:
+            The mean loss. Logs, where the targets are indices: `top1` and, of more than five classes, `top5`, shares.
+
+        Raises:
+            ValueError: the model gives no logits (B, N), or the targets do not fit them.
+        """
+        logits = self.backbone(images)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"{type(self.backbone).__name__} must return logits (B, N), not {what}")
+        if targets.ndim == 2:
+            if targets.shape != logits.shape:
+                raise ValueError(f"soft labels {tuple(targets.shape)} for logits {tuple(logits.shape)}")
+            return Output(self.of_soft(logits, targets), {})
+        right = _right(logits.detach(), targets).float()
+        logs = {"top1": right[:, 0].mean()}
+        if logits.shape[1] > 5:
+            logs["top5"] = right.sum(1).mean()
+        return Output(self.of_indices(logits, targets), logs)
+
+    def no_weight_decay(self) -> set[str]:
+        """The names that timm's networks want without weight decay."""
+        own: Any = getattr(self.backbone, "no_weight_decay", tuple)
+        return {f"backbone.{name}" for name in own()}
+
+    def export(self, path: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> None:
+        """Write the model's weights, classifier included; see `leaven.backbones.save`."""
+        save(self.backbone, path, name=name, metadata=metadata)
+
+
+def count_correct(model: nn.Module, batches: Iterable[Any]) -> Tensor:
+    """How often a classifier is right, in eval mode and without a trace: modes and random state come back.
+
+    Args:
+        model: gives logits (B, N).
+        batches: of (images, class indices, ...), on any device.
+
+    Returns:
+        (3,) int64 on the model's device: right at the first guess, right within five guesses, images; to be summed
+        over processes.
+    """
+    device = device_of(model)
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(model):
+        for images, labels, *_ in batches:
+            right = _right(model(images.to(device)), labels.to(device))
+            counts += torch.stack([right[:, 0].sum(), right.sum(), torch.tensor(len(right), device=device)])
+    return counts
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Boolean (B, 5), or fewer where there are fewer classes: which of the first guesses, in order, is right."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)

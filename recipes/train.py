@@ -1,0 +1,203 @@
+"""Supervised training, from scratch or fine-tuning, of any backbone with its library's own classifier.
+
+    accelerate launch recipes/train.py --backbone resnet18
+    accelerate launch recipes/train.py --backbone convnext_s --init runs/spark/backbone.safetensors \\
+        --data PATH/OF/IMAGES --preset convnext_s-spark-finetune --labels 10%
+
+Without --data it trains on scikit-learn's digits: a smoke test that takes minutes on a laptop, and no evidence.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from leaven.backbones import layer_groups, resolve
+from leaven.callbacks import EMA, attach
+from leaven.pretext import Output, Supervised
+from leaven.recipes.common.batches import Images, build_backbone, user_errors
+from leaven.recipes.common.card import write_card
+from leaven.recipes.common.data import Data, open_data
+from leaven.recipes.common.dry_run import dry_run
+from leaven.recipes.common.few_labels import keep_few
+from leaven.recipes.common.flags import UserError, flag, run_main
+from leaven.recipes.common.loop import fit
+from leaven.recipes.common.optimizer import layer_scales, make_optimizer
+from leaven.recipes.common.plots import loss_curve
+from leaven.recipes.common.policies import mixing
+from leaven.recipes.common.schedule import Plan
+from leaven.recipes.common.start import LoopSettings, leave_group, read_settings, start, synchronised
+from leaven.recipes.common.validation import Validation
+
+
+@dataclass
+class TrainSettings(LoopSettings):
+    """Supervised training and fine-tuning. Defaults suit small data; see --preset."""
+
+    epochs: int = 20
+    weight_decay: float = 0.05
+    labels: str | None = flag(None, "train on N images of each class, or on P% of each; none: on all")
+    labels_seed: int = flag(0, "which images --labels keeps; those of fewer are among those of more")
+    layer_decay: float = flag(1.0, "learning rate's factor per group of blocks, from the classifier down")
+    drop_path: float | None = flag(None, "stochastic depth of the backbone")
+    smoothing: float = flag(0.1, "label smoothing")
+    bce_loss: bool = flag(False, "one binary cross-entropy per class in place of softmax")
+    crop_scale: tuple[float, float] = flag((0.35, 1.0), "share of the area that a random crop takes")
+    hflip: float = flag(0.5, "probability of mirroring; the default data, digits, want 0")
+    aa: Literal["none", "trivial", "randaugment"] = flag("none", "automatic augmentation, by torchvision")
+    reprob: float = flag(0.0, "probability of random erasing")
+    mixup: float = flag(0.0, "mixup's alpha; 0: without")
+    cutmix: float = flag(0.0, "CutMix's alpha; 0: without. With both, each batch gets one of them")
+    aug_repeats: int = flag(1, "repeated augmentation: views of an image in an epoch, of fewer images")
+    model_ema_decay: float | None = flag(None, "decay of the weights' moving average; none: no average")
+    model_ema_warmup: bool = flag(False, "let that decay grow with the updates; for short runs")
+    eval_every: int = flag(1, "epochs between measurements on the held-out images")
+    crop_pct: float = flag(0.95, "share of the resized held-out image that the centre crop keeps, per side")
+
+    FREE = LoopSettings.FREE | {"eval_every", "crop_pct"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                flag_name = name.replace("_", "-")
+                raise UserError(f"--{flag_name} must be between {least:g} and {most:g}, got {value}")
+
+
+_RANGES = {name: (0.0, 1.0) for name in ("hflip", "reprob", "smoothing", "layer_decay", "model_ema_decay")}
+_RANGES |= {"crop_pct": (0.1, 1.0), "mixup": (0.0, math.inf), "cutmix": (0.0, math.inf)}
+_RANGES |= {"eval_every": (1, math.inf), "aug_repeats": (1, math.inf), "labels_seed": (0, math.inf)}
+
+# SparK's fine-tuning on ImageNet (keyu-tian/SparK, downstream_imagenet). Its LAMB also scales steps of parameters
+# without weight decay and leaves Adam's bias correction out; timm's defaults are kept here. At 384 px it uses
+# AutoAugment's ImageNet policy and squeezes whole images; here TrivialAugment and no crop.
+_PAPER: dict[str, Any] = {
+    "image_size": (224, 224), "clip_grad": None, "layer_decay": 0.7, "weight_decay": 0.01, "smoothing": 0.1,
+    "cutmix": 1.0, "crop_scale": (0.08, 1.0), "aa": "trivial", "reprob": 0.25, "crop_pct": 0.95,
+    "model_ema_decay": 0.9999,
+}  # fmt: skip
+_RESNET = _PAPER | {
+    "opt": "lamb",
+    "global_batch_size": 2048,
+    "epochs": 300,
+    "warmup_epochs": 5.0,
+    "bce_loss": True,
+}
+_RESNET |= {"lr_base": 1e-3, "layer_decay": 0.8, "weight_decay": 0.02, "mixup": 0.1, "drop_path": 0.2}
+_CONVNEXT = _PAPER | {"opt": "adamw", "global_batch_size": 4096, "epochs": 400, "warmup_epochs": 20.0}
+_CONVNEXT |= {"lr_base": 1e-4, "mixup": 0.8, "aug_repeats": 3}
+_LARGE = _CONVNEXT | {"backbone": "convnext_l", "drop_path": 0.5, "epochs": 200}
+PRESETS: dict[str, dict[str, Any]] = {
+    "resnet50-spark-finetune": _RESNET
+    | {"backbone": "resnet50", "lr_base": 2e-3, "layer_decay": 0.7, "drop_path": 0.05},
+    "resnet101-spark-finetune": _RESNET | {"backbone": "resnet101"},
+    "resnet152-spark-finetune": _RESNET | {"backbone": "resnet152"},
+    "resnet200-spark-finetune": _RESNET | {"backbone": "resnet200"},
+    "convnext_s-spark-finetune": _CONVNEXT | {"backbone": "convnext_s", "lr_base": 2e-4, "drop_path": 0.3},
+    "convnext_b-spark-finetune": _CONVNEXT | {"backbone": "convnext_b", "drop_path": 0.4},
+    "convnext_l-spark-finetune": _LARGE | {"warmup_epochs": 10.0, "weight_decay": 0.02},
+    "convnext_l-384-spark-finetune": _LARGE
+    | {"image_size": (384, 384), "global_batch_size": 1024, "lr_base": 6e-5}
+    | {"crop_pct": 1.0, "model_ema_decay": 0.99995},
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the flags and train."""
+    settings = read_settings(TrainSettings, argv, PRESETS)
+    if settings.dry_run:
+        return dry_run(train, replace(settings, labels=None), classes=10)
+    options: dict[str, Any] = {"max_bad_images": settings.max_bad_images, "in_chans": settings.in_chans}
+    train(settings, open_data(settings.data, seed=settings.seed, **options))
+
+
+def train(settings: TrainSettings, data: Data) -> None:
+    """One run: data, network, optimizer, loop, and what came out of it."""
+    accelerator, run, settings = start(settings, "train")
+    size, classes = settings.image_size or data.image_size, len(data.classes)
+    data = keep_few(data, settings.labels, settings.labels_seed)
+    backbone = build_backbone(settings, size, settings.drop_path, classes)
+    images = Images.of(data, settings, size, backbone)
+    with user_errors(ValueError):
+        objective = Supervised(backbone, settings.smoothing, settings.bce_loss).to(accelerator.device)
+        mix = mixing(settings.mixup, settings.cutmix, settings.smoothing, classes)
+        ema = (
+            None
+            if settings.model_ema_decay is None
+            else EMA(settings.model_ema_decay, settings.model_ema_warmup)
+        )
+    if mix is not None and settings.batch_size % 2:
+        raise UserError(f"--mixup and --cutmix pair images: --batch-size {settings.batch_size} must be even")
+    depths = layer_groups(backbone, size)
+    how = [
+        f"loss: {'binary' if settings.bce_loss else 'softmax'} cross-entropy over {classes} classes, label "
+        f"smoothing {settings.smoothing:g}",
+        f"layer-wise decay {settings.layer_decay:g} over {max(depths.values()) - 1} groups of blocks: the stem "
+        f"learns at {settings.layer_decay ** max(depths.values()):.3g} of the learning rate",
+    ]
+    about = [*data.notes, str(images)]
+    accelerator.print("\n".join(about + how))
+
+    optimizer = make_optimizer(objective, settings, layer_scales(depths, settings.layer_decay, "backbone."))
+    loader, to_pixels = images.train(
+        settings.crop_scale,
+        accelerator,
+        hflip=settings.hflip,
+        aa=settings.aa,
+        reprob=settings.reprob,
+        repeats=settings.aug_repeats,
+    )
+    plan = Plan.of(loader.batch_sampler, settings)
+    share = accelerator.process_index, accelerator.num_processes
+    held_out = images.whole(data.val, len(data.val), crop_pct=settings.crop_pct, share=share)
+    validation = Validation(held_out, settings.eval_every * plan.updates_per_epoch, accelerator, ema)
+    objective = synchronised(objective, accelerator)  # its parameters stay the optimizer's
+
+    def forward(model: nn.Module, batch: Any, generator: torch.Generator) -> Output:
+        pixels, targets = to_pixels(batch[0]), batch[1]
+        if mix is not None:
+            pixels, targets = mix(pixels, targets, generator)
+        output: Output = model(pixels, targets)
+        return output
+
+    observers = [validation] if ema is None else [ema, validation]
+    with attach(objective, optimizer, *observers, total_steps=plan.total) as callbacks:
+        fit(accelerator, objective, optimizer, loader, forward, plan, settings, run, callbacks)
+    if not leave_group(accelerator):
+        return
+
+    loss_curve(run.rows(), run.plots / "loss.png", f"{settings.backbone} on {data.name}")
+    notes = {"method": "supervised", "data": data.name, "in_chans": settings.in_chans, "num_classes": classes}
+    with user_errors(OSError):
+        objective.export(run.backbone, name=settings.backbone, **notes)
+        if ema is not None:
+            averaged: Any = ema.module
+            averaged.export(run.path / "backbone-ema.safetensors", name=settings.backbone, **notes)
+    protocol = f"resized to {size[0]}x{size[1]} / {settings.crop_pct:g}, centre crop, after the last update"
+    lines = [f"{len(data.val)} held-out images, {protocol}"]
+    results = [
+        (f"held-out {name.replace('_', ' ')}", f"{score:.2%}") for name, score in validation.scores.items()
+    ]
+    if data.kind == "digits":
+        lines.append("digits are a smoke test of the recipe and no evidence")
+    print("\n".join([*lines, *(f"{what}: {value}" for what, value in results)]))
+    write_card(
+        run,
+        resolve(settings.backbone),
+        "supervised training",
+        "timm's losses and mixing" if settings.init is None else f"from {settings.init}",
+        data=about,
+        how=how + lines,
+        results=results,
+        in_chans=settings.in_chans,
+        num_classes=classes,
+    )
+    print(f"run folder: {run.path} (weights, model card, log, plots/loss.png)")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_main(main)
