@@ -122,12 +122,16 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """Over visible positions: hidden ones are -inf, as PyTorch's own padding is."""
+    """Over visible positions: hidden ones are the lowest number there is.
+
+    Not -inf, which PyTorch's own padding is: of a window that is hidden altogether, inductor would then name a place
+    in the padding as its maximum, and find that place out of bounds in the backward pass.
+    """
     if return_indices or (input.pad is not None and padding not in (0, (0, 0))):
         refuse(func, "with indices, or with a padding of its own after another")
     stride = kernel_size if stride in (None, []) else stride
     dense = F.max_pool2d(
-        _dense(func, input, float("-inf")), kernel_size, stride, padding, dilation, ceil_mode
+        _dense(func, input, torch.finfo(input.dtype).min), kernel_size, stride, padding, dilation, ceil_mode
     )
     return _packed(func, input, dense, stride)
 

@@ -322,10 +322,11 @@ def test_a_compiled_graph_checks_the_masks_count() -> None:
 
 
 @pytest.mark.slow
-def test_inductor_trains_to_the_same_losses() -> None:
+@pytest.mark.parametrize("net", ["convnext_atto", "resnet18"])  # resnet18 for its pool before the first map
+def test_inductor_trains_to_the_same_losses(net: str) -> None:
     """In float64, where fused arithmetic leaves no room for differences."""
     torch._dynamo.reset()
-    spark = SparK("convnext_atto", decoder_width=32).double()
+    spark = SparK(net, decoder_width=32).double()
     other = copy.deepcopy(spark)
     compiled = torch.compile(other, fullgraph=True)
     for seed in range(3):
