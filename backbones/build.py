@@ -49,6 +49,8 @@ def create(
                 f"{', '.join(asked)}: not for a module that is already built; set it where you build it"
             )
         return backbone
+    if not isinstance(backbone, str):
+        raise ValueError(f"a backbone is a name or an nn.Module, not {backbone!r}")
     name = resolve(backbone)
     if name.startswith("tv:"):
         if pretrained and num_classes:

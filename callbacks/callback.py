@@ -29,7 +29,7 @@ class Progress:
     """
 
     def __init__(self, total_steps: int) -> None:
-        if total_steps < 1:
+        if total_steps < 1 or total_steps != int(total_steps):
             raise ValueError(
                 f"total_steps must be the number of optimizer updates, at least 1, not {total_steps}"
             )
@@ -130,9 +130,9 @@ def updates(loader: Sized, epochs: int, accumulation: int = 1, world_size: int =
     # accelerate fills the last round up from the start, unless the loader drops incomplete batches.
     drop_last = getattr(sampler, "drop_last", False)
     share = batches // world_size if drop_last else -(-batches // world_size)
-    if share < 1:
+    if share < 1 or epochs < 1:
         raise ValueError(
-            f"{batches} batches are too few for {world_size} processes: there would be no update"
+            f"{batches} batches for {world_size} processes in {epochs} epochs: there would be no update"
         )
     return epochs * -(-share // accumulation)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from leaven.backbones import Stage, features
 from leaven.pretext.spark.errors import SparseUnsupported
+from leaven.pretext.spark.sparse_map import SparseMap
 
 # Relative to a map's largest value. float64 rounding stays below 1e-7 even in nets that amplify it or compute a norm
 # in float32; a layer that leaks is off by more than 1e-3.
@@ -29,6 +30,7 @@ def crop_check(
     stages: Sequence[Stage],
     cell: int,
     in_chans: int = 3,
+    offsets: Sequence[float] = (1.0,),
 ) -> None:
     """Compare the masked encoder with the plain network on the visible crop; they must agree.
 
@@ -43,13 +45,28 @@ def crop_check(
         stages: the maps to compare.
         cell: side of a mask cell in pixels.
         in_chans: channels of the images.
+        offsets: factor of the random biases, one check each. Where hidden positions are zeros, a maximum leaks on
+            maps that are negative throughout, and a minimum on positive ones.
 
     Raises:
         SparseUnsupported: they differ, or one of them does not run; one line that names the module.
     """
-    generator = torch.Generator().manual_seed(0)
     plain = backbone.cpu().double().requires_grad_(False)
-    _randomise(plain, generator)
+    for offset in offsets:
+        _check(plain, convert, encode, stages, cell, in_chans, offset)
+
+
+def _check(
+    plain: nn.Module,
+    convert: Callable[[nn.Module], None],
+    encode: Encode,
+    stages: Sequence[Stage],
+    cell: int,
+    in_chans: int,
+    offset: float,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    _randomise(plain, generator, offset)
     sparse = copy.deepcopy(plain)
     convert(sparse)
     crops = torch.randn(2, in_chans, cell, 2 * cell, generator=generator, dtype=torch.float64)
@@ -71,22 +88,22 @@ def crop_check(
             try:
                 expected = run_plain()
             except _UNSUITABLE as error:
-                raise _unless_refusal(error, backbone, f"does not run on {cell}x{2 * cell} px") from error
+                raise _unless_refusal(error, plain, f"does not run on {cell}x{2 * cell} px") from error
             try:
                 found = run_sparse()
             except _UNSUITABLE as error:
-                raise _unless_refusal(error, backbone, "cannot be masked") from error
+                raise _unless_refusal(error, plain, "cannot be masked") from error
             if all(map(_agree, found, expected)):
                 continue
             if training and not all(map(torch.equal, expected, run_plain())):
                 raise SparseUnsupported(
-                    f"{type(backbone).__name__} draws random numbers outside of dropout layers, so its training "
-                    "mode cannot be checked; build it without, or use the packed backend"
+                    f"{type(plain).__name__} draws random numbers outside of dropout layers, so its training "
+                    "mode cannot be checked; build it without"
                 )
             raise SparseUnsupported(_culprit(plain, _outputs(plain, run_plain), _outputs(sparse, run_sparse)))
 
 
-def _randomise(net: nn.Module, generator: torch.Generator) -> None:
+def _randomise(net: nn.Module, generator: torch.Generator, offset: float) -> None:
     """Scales and offsets start as constants, many as zeros, behind which a leak would hide.
 
     Running moments are set to take the value of one training pass: far from the data's, they blow a deep net's
@@ -95,9 +112,10 @@ def _randomise(net: nn.Module, generator: torch.Generator) -> None:
     norms: Any = [m for m in net.modules() if hasattr(m, "running_mean") and hasattr(m, "momentum")]
     for norm in norms:
         norm.momentum = 1.0
-    for parameter in net.parameters():
+    for name, parameter in net.named_parameters():
         if parameter.is_floating_point() and (parameter.dim() <= 1 or parameter.max() == parameter.min()):
-            parameter.copy_(torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5)
+            values = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5
+            parameter.copy_(values * offset if name.endswith("bias") else values)
 
 
 def _set_mode(net: nn.Module, training: bool) -> None:
@@ -108,14 +126,15 @@ def _set_mode(net: nn.Module, training: bool) -> None:
             module.eval()
 
 
-def _outputs(net: nn.Module, run: Callable[[], object]) -> list[tuple[str, Tensor]]:
-    """What each module returned, in the order in which they finished."""
-    outputs: list[tuple[str, Tensor]] = []
+def _outputs(net: nn.Module, run: Callable[[], object]) -> list[tuple[str, Tensor | None]]:
+    """What each module returned, in the order in which they finished; None for what is no map."""
+    outputs: list[tuple[str, Tensor | None]] = []
 
     def record(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                outputs.append((name, output.clone()))
+            if isinstance(output, SparseMap):
+                output = output.geo.scatter(output.values, output.r) if output.tags == "bchw" else None
+            outputs.append((name, output.clone() if isinstance(output, Tensor) else None))
 
         return hook
 
@@ -143,12 +162,14 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-def _culprit(net: nn.Module, expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]) -> str:
+def _culprit(
+    net: nn.Module, expected: list[tuple[str, Tensor | None]], found: list[tuple[str, Tensor | None]]
+) -> str:
     """Name the first module whose output is wrong, and the one that it is in."""
     name = ""
     for (name, e), (_, f) in zip(expected, found, strict=False):  # noqa: B007
-        f = _visible(f, e)
-        if f.shape == e.shape and not _agree(f, e):
+        f = f if f is None or e is None else _visible(f, e)
+        if f is not None and e is not None and f.shape == e.shape and not _agree(f, e):
             break
     parent = name.rpartition(".")[0]
     described = [f"{n or 'the backbone'} ({type(net.get_submodule(n)).__name__})" for n in (name, parent)]

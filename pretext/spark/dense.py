@@ -75,7 +75,7 @@ def convert(backbone: nn.Module, stages: Sequence[Stage], cell: int, in_chans: i
     """
     plain = copy.deepcopy(backbone)
     restore(plain)
-    crop_check(plain, _swap, masked_features, stages, cell, in_chans)
+    crop_check(plain, _swap, masked_features, stages, cell, in_chans, offsets=(1.0, -4.0))
     _swap(backbone)
     _checked.setdefault(backbone, set()).add(_state(backbone, stages, cell))
 

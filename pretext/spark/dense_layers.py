@@ -98,7 +98,7 @@ class MaxPool(Masked):
     """Hidden positions never win. On a map that was padded before, they are zeros like that padding."""
 
     def masked_forward(self, mask: Mask, x: Tensor) -> Tensor:
-        return self.zeroed(mask, self.plain_forward(mask.fill(x, float("-inf"))))
+        return self.zeroed(mask, self.plain_forward(mask.fill(x, torch.finfo(x.dtype).min)))
 
 
 class AvgPool(Masked):

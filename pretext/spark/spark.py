@@ -1,6 +1,6 @@
 """SparK as an objective (Tian et al., "Designing BERT for Convolutional Networks", ICLR 2023)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from leaven.pretext.spark.errors import SparseUnsupported
 from leaven.pretext.spark.geometry import Geometry
 from leaven.pretext.spark.loss import masked_loss, reconstruction
 from leaven.pretext.spark.masking import sample_mask, visible_count, visible_ids
-from leaven.pretext.spark.packed import packed_encode
+from leaven.pretext.spark.packed import check_packed, packed_encode
 from leaven.pretext.spark.spconv_rule import require_spconv
 from leaven.pretext.spark.swaps import swap, unswap
 
@@ -35,6 +35,9 @@ class SparK(nn.Module):
             pairs (on CUDA its kernel) for the ungrouped convolutions of stride 1 that packed runs on dense maps.
         stages: reductions of the maps to use, such as (4, 8, 16); by default the last four from reduction 4 on.
         mask_cell: side of a mask cell in pixels, a multiple of the largest reduction used (the default).
+
+    Attributes:
+        untrained: parts of the backbone that no map used depends on, such as a classifier: they stay as they were.
 
     Raises:
         SparseUnsupported: if the backbone has an operation without exact sparse form; one line names it.
@@ -57,8 +60,8 @@ class SparK(nn.Module):
         self.mask_ratio = mask_ratio
         self.stages = choose_stages(backbone_stages(self.backbone), stages)
         reduction = self.stages[-1].reduction
-        self.mask_cell = mask_cell or reduction
-        if self.mask_cell % reduction:
+        self.mask_cell = reduction if mask_cell is None else mask_cell
+        if self.mask_cell % reduction or self.mask_cell < 1:
             raise ValueError(
                 f"mask_cell={self.mask_cell} is not a multiple of {reduction}, the reduction of the smallest map used; "
                 "leave deeper maps out with stages= for smaller cells"
@@ -86,6 +89,7 @@ class SparK(nn.Module):
         self.decoder = LightDecoder(reduction, decoder_width, self.in_chans)
         self.backend, self.backend_reason = self._choose_backend(backend)
         unused = unused_parameters(self.backbone, self.stages)
+        self.untrained = whole_parts(unused, dict(self.backbone.named_parameters()))
         # DistributedDataParallel reads this: layers after the last map (a classifier) get no gradient here.
         self._ddp_params_and_buffers_to_ignore = [f"backbone.{name}" for name in sorted(unused)]
 
@@ -97,6 +101,8 @@ class SparK(nn.Module):
             mask: bool (B, fh, fw), True = visible, the same count in every image; drawn by the CPU generator if None.
         """
         mask, geo = self._geometry(images, mask)
+        if geo.keep == geo.grid[0] * geo.grid[1]:
+            raise ValueError("the mask hides nothing, so that there is nothing to predict")
         prediction = self._decode(images, mask, geo)
         loss = masked_loss(prediction, images, mask)
         return Output(loss, {"loss": loss.detach(), "mask_ratio": 1 - geo.keep / (geo.grid[0] * geo.grid[1])})
@@ -143,7 +149,8 @@ class SparK(nn.Module):
         return f"{name}, backend={self.backend}, mask_ratio={self.mask_ratio}, mask_cell={self.mask_cell}"
 
     def _geometry(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Geometry]:
-        if images.ndim != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
+        fits = images.ndim == 4 and images.shape[0] > 0 and images.shape[1] == self.in_chans
+        if not fits or not images.is_floating_point():
             shape = f"{tuple(images.shape)} of {images.dtype}"
             raise ValueError(f"images must be normalised floats (B, {self.in_chans}, H, W), got {shape}")
         grid = self.mask_grid(*images.shape[-2:])
@@ -184,6 +191,9 @@ class SparK(nn.Module):
             try:
                 with untouched(self.backbone):
                     self._probe()
+                if candidate != "dense":  # which checks itself
+                    spconv = candidate == "spconv"
+                    check_packed(self.backbone, self.stages, self.mask_cell, self.in_chans, spconv=spconv)
             except SparseUnsupported as error:
                 unswap(self.backbone)
                 refused.append(error)
@@ -192,7 +202,8 @@ class SparK(nn.Module):
                 size = f"{self.mask_cell}x{2 * self.mask_cell}"
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 name = type(self.backbone).__name__
-                refused.append(SparseUnsupported(f"{name} does not run on {size} px: {reason}"))
+                line = f"{name} does not run on {size} px, one mask cell by two: {reason}; try a larger mask_cell"
+                raise SparseUnsupported(line) from error
             else:
                 reason = f"packed refused: {refused[0]}" if refused else "asked for"
                 return candidate, reason if backend != "auto" or refused else "the faster wherever measured"
@@ -230,6 +241,19 @@ def choose_stages(found: Sequence[Stage], reductions: Sequence[int] | None) -> t
             f"SparK needs feature maps whose reductions are powers of two from 4 on; this backbone has {have}"
         )
     return chosen
+
+
+def whole_parts(names: Set[str], parameters: Collection[str]) -> list[str]:
+    """The shortest module paths below which every parameter is one of `names`; in the order of the network."""
+    parts: dict[str, None] = {}
+    for name in parameters:
+        words = name.split(".")
+        prefixes = (".".join(words[:depth]) for depth in range(1, len(words) + 1))
+        for prefix in prefixes if name in names else ():
+            if all(other in names for other in parameters if f"{other}.".startswith(f"{prefix}.")):
+                parts[prefix] = None
+                break
+    return list(parts)
 
 
 def _in_chans(backbone: nn.Module) -> int:

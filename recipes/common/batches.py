@@ -21,6 +21,10 @@ from leaven.recipes.common.sources import Source
 
 Size = tuple[int, int]
 
+# How images are judged must not depend on how they were trained on: BatchNorm's moments are means over batches.
+EVALUATION_BATCH = 64
+CALIBRATION_IMAGES = 8 * EVALUATION_BATCH
+
 
 @contextmanager
 def user_errors(*errors: type[Exception]) -> Iterator[None]:
@@ -192,7 +196,7 @@ class Images:
         part = Part(source, most, share)
         transform = eval_transform(size or self.size, crop_pct, self.mean, self.std)
         sampler = KeyedBatchSampler(
-            len(part), self.settings.batch_size, self.settings.seed, shuffle=False, drop_last=False
+            len(part), EVALUATION_BATCH, self.settings.seed, shuffle=False, drop_last=False
         )
         return make_loader(KeyedDataset(part, transform), sampler, self.settings.workers)
 

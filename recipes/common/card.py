@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from leaven import __version__
+from leaven.recipes.common.launcher import PROGRAMS, find_launcher
 from leaven.recipes.common.run_folder import RunFolder
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate")
@@ -90,8 +91,14 @@ def write_card(
 
 
 def command() -> str:
-    """The command line of this process, to be pasted into a shell."""
-    return shlex.join(["python", *sys.argv])
+    """The command line of this process, to be pasted into a shell; its launcher's where it has one."""
+    launcher = find_launcher()
+    launched = [word for word in launcher.command if word] if launcher is not None else []
+    names = [Path(word).name for word in launched]
+    start = next((i for i, name in enumerate(names) if name in PROGRAMS), None)
+    if start is not None:
+        return shlex.join([names[start], *launched[start + 1 :]])
+    return shlex.join(["python", *(launched[1:] or sys.argv)])
 
 
 def _version(package: str) -> str:

@@ -17,6 +17,7 @@ from leaven.recipes.common.flags import UserError, to_yaml
 from leaven.recipes.common.run_folder import RunFolder
 from leaven.recipes.common.sources import ArraySource
 from leaven.recipes.common.start import LoopSettings
+from leaven.recipes.common.start import resolve as final_settings
 
 S = TypeVar("S", bound=LoopSettings)
 
@@ -35,6 +36,7 @@ def dry_run(train: Callable[[S, Data], None], settings: S, classes: int = 0) -> 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--dry-run is for one process: leave the launcher out, or give it --num_processes 1")
     print(to_yaml(settings))
+    final_settings(settings, 1, os.environ)  # what a real run would refuse
     size = settings.image_size or (64, 64)
     batch = min(settings.batch_size, 4)
     with tempfile.TemporaryDirectory(prefix="leaven-dry-run-") as folder:
@@ -64,7 +66,9 @@ def dry_run(train: Callable[[S, Data], None], settings: S, classes: int = 0) -> 
         print(
             f"dry run: resumed from {first.name}; weights differ by at most {apart:g} from those without the break"
         )
-        print("dry run: exported weights load into the plain backbone; everything works here")
+        print(
+            "dry run: exported weights load into the plain backbone; all works here (on noise in place of the data)"
+        )
 
 
 def noise(n: int, size: tuple[int, int], in_chans: int, classes: int = 0) -> Data:

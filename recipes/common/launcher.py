@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_PROGRAMS = ("accelerate", "accelerate-launch", "torchrun")
+PROGRAMS = ("accelerate", "accelerate-launch", "torchrun")
 _MARKS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # which they leave in the environment
 _MODULES = ("accelerate.commands.", "torch.distributed.run", "torch.distributed.launch")
 
@@ -45,7 +45,7 @@ def find_launcher() -> Launcher | None:
 
 def is_launcher(command: tuple[str, ...]) -> bool:
     """Whether a command line is `accelerate ...`, `torchrun ...` or one of them by `python -m ...`."""
-    return any(Path(word).name in _PROGRAMS or word.startswith(_MODULES) for word in command[:3])
+    return any(Path(word).name in PROGRAMS or word.startswith(_MODULES) for word in command[:3])
 
 
 def asked_processes(command: tuple[str, ...]) -> int | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from leaven.pretext import recalibrate_batchnorm
 from leaven.pretext.spark import SparK, sample_mask
 from leaven.pretext.spark.loss import reconstruction
-from leaven.recipes.common.batches import Images
+from leaven.recipes.common.batches import CALIBRATION_IMAGES, Images
 from leaven.recipes.common.loop import keyed_generator
 from leaven.recipes.common.plots import image_table
 
@@ -19,10 +19,12 @@ def describe(spark: SparK, size: tuple[int, int]) -> list[str]:
     fh, fw = spark.mask_grid(*size)
     hidden = 1 - sample_mask(1, (fh, fw), spark.mask_ratio).float().mean().item()
     millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (spark.backbone, spark)]
+    left_out = [f"not trained, since no map used depends on it: {', '.join(spark.untrained)}"]
     return [
         f"SparK backend: {spark.backend} ({spark.backend_reason})",
         f"mask: {fh}x{fw} cells of {spark.mask_cell} px, {hidden:.3f} hidden ({spark.mask_ratio} asked)",
         f"parameters: backbone {millions[0]:.2f} M, with decoder {millions[1]:.2f} M",
+        *(left_out if spark.untrained else []),
     ]
 
 
@@ -34,7 +36,7 @@ def judge(spark: SparK, images: Images) -> SparK:
     model, settings = copy.deepcopy(spark).eval(), images.settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # of the masks that the calibration draws
-        recalibrate_batchnorm(model, images.whole(images.data.train, 8 * settings.batch_size))
+        recalibrate_batchnorm(model, images.whole(images.data.train, CALIBRATION_IMAGES))
     return model
 
 

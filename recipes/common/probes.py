@@ -14,7 +14,7 @@ from leaven.pretext import (
     linear_protocol,
     recalibrate_batchnorm,
 )
-from leaven.recipes.common.batches import Images
+from leaven.recipes.common.batches import CALIBRATION_IMAGES, Images
 from leaven.recipes.common.data import Data, KeyedLoader
 
 # Raw pixels are compared at the stored size, up to this side: a linear probe on 150,528 numbers tells no more.
@@ -66,7 +66,7 @@ def recalibrate(backbones: Mapping[str, nn.Module], images: Images) -> list[str]
     """Take the BatchNorm statistics of every backbone anew, from whole training images; lines that say so."""
     lines = []
     for name, backbone in backbones.items():
-        some = images.whole(images.data.train, 8 * images.settings.batch_size)
+        some = images.whole(images.data.train, CALIBRATION_IMAGES)
         if layers := recalibrate_batchnorm(backbone, some):
             lines.append(
                 f"{name}: statistics of {layers} BatchNorm layers taken anew from whole training images"

@@ -270,7 +270,7 @@ def test_updates_agrees_with_how_accelerate_shards(items: int, drop_last: bool, 
 def test_updates_says_what_it_lacks() -> None:
     with pytest.raises(ValueError, match="no length: give total_steps yourself"):
         updates(iter(range(3)), epochs=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="1 batches are too few for 2 processes"):
+    with pytest.raises(ValueError, match="1 batches for 2 processes in 1 epochs: there would be no update"):
         updates(loader(4, batch_size=4, drop_last=True), epochs=1, world_size=2)
 
 

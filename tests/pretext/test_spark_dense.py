@@ -492,6 +492,18 @@ class OwnBatchNorm(nn.BatchNorm2d):
         )
 
 
+class Extreme(nn.Module):
+    """A gate by the largest or smallest value over space of a signed map, without a name that a rule would know."""
+
+    def __init__(self, channels: int, sign: float) -> None:
+        super().__init__()
+        self.norm, self.sign = nn.BatchNorm2d(channels), sign
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x * (self.sign * x).flatten(2).sort(2).values[:, :, -1:, None]
+
+
 def attention(x: Tensor) -> Tensor:
     tokens = x.flatten(2).transpose(1, 2)
     return F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(1, 2).unflatten(2, x.shape[2:])
@@ -522,6 +534,8 @@ REFUSED = {
     "shift": (lambda: lambda x: x.roll(1, -1), r"block \(Block\)"),
     "pool across cells": (lambda: lambda x: F.avg_pool2d(x + 1, 3, 1, 1), r"block \(Block\)"),
     "softmax over space": (lambda: lambda x: x.flatten(2).softmax(-1).view_as(x), r"block \(Block\)"),
+    "maximum over space": (lambda: Extreme(8, 1.0), r"block \(Extreme\)"),
+    "minimum over space": (lambda: Extreme(8, -1.0), r"block \(Extreme\)"),
     "own batch norm": (lambda: OwnBatchNorm(8), r"block \(OwnBatchNorm\)"),
     "random draws": (lambda: lambda x: F.dropout(x, 0.5), "random numbers"),
     "reflected padding": (
