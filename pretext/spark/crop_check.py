@@ -95,6 +95,10 @@ def _check(
                 raise _unless_refusal(error, plain, "cannot be masked") from error
             if all(map(_agree, found, expected)):
                 continue
+            if offset != 1.0 and not all(
+                map(_agree, features(plain, crops + 1e-12 * crops.flip(-1), stages), expected)
+            ):
+                return  # most channels are dead: norms divide by next to nothing and blow up the plain net's rounding
             if training and not all(map(torch.equal, expected, run_plain())):
                 raise SparseUnsupported(
                     f"{type(plain).__name__} draws random numbers outside of dropout layers, so its training "

@@ -202,12 +202,14 @@ class SparK(nn.Module):
                 size = f"{self.mask_cell}x{2 * self.mask_cell}"
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 name = type(self.backbone).__name__
-                line = f"{name} does not run on {size} px, one mask cell by two: {reason}; try a larger mask_cell"
-                raise SparseUnsupported(line) from error
+                refused.append(SparseUnsupported(f"{name} does not run on {size} px: {reason}"))
             else:
                 reason = f"packed refused: {refused[0]}" if refused else "asked for"
                 return candidate, reason if backend != "auto" or refused else "the faster wherever measured"
-        raise SparseUnsupported(f"{refused[0]}; choose a convolutional backbone without it") from refused[0]
+        advice = (
+            "try a larger mask_cell" if "does not run" in str(refused[0]) else "choose a backbone without it"
+        )
+        raise SparseUnsupported(f"{refused[0]}; {advice}") from refused[0]
 
     def _probe(self) -> None:
         weight = next(self.parameters())

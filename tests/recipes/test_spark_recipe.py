@@ -363,7 +363,7 @@ def complaint(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> Callable[..
     [
         (["--backbone", "convnet_t"], ["convnet_t", "convnext_t"]),
         (["--mask-ration", "0.5"], ["--mask-ration", "--mask-ratio"]),
-        (["--backbone", "swin_t"], ["SwinTransformerBlock", "choose a convolutional backbone"]),
+        (["--backbone", "swin_t"], ["SwinTransformerBlock", "choose a backbone without it"]),
         (["--image-size", "100"], ["100x100", "32", "96x96"]),
         (["--image-size", "32"], ["mask ratio", "1"]),
         (["--mask-ratio", "0"], ["mask ratio"]),
