@@ -67,9 +67,10 @@ def _check(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     _randomise(plain, generator, offset)
-    sparse = copy.deepcopy(plain)
+    sparse, nudged = copy.deepcopy(plain), copy.deepcopy(plain)
     convert(sparse)
     crops = torch.randn(2, in_chans, cell, 2 * cell, generator=generator, dtype=torch.float64)
+    almost = crops + 1e-10 * crops.flip(-1)
     hidden = torch.full((2, in_chans, cell, cell), float("nan"), dtype=torch.float64)
     images = torch.stack([torch.cat([crops[0], hidden[0]], -1), torch.cat([hidden[1], crops[1]], -1)])
     mask = torch.tensor([[[True, True, False]], [[False, True, True]]])
@@ -83,22 +84,22 @@ def _check(
 
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
         for training in (True, False):  # in this order: the first leaves running moments that suit the second
-            for net in (plain, sparse):
+            for net in (plain, sparse, nudged):
                 _set_mode(net, training)
             try:
                 expected = run_plain()
             except _UNSUITABLE as error:
                 raise _unless_refusal(error, plain, f"does not run on {cell}x{2 * cell} px") from error
+            if offset != 1.0 and not all(map(_agree, features(nudged, almost, stages), expected)):
+                # Most channels of a deep net are dead then, and norms divide by next to nothing: its own rounding
+                # grows to the size of a leak. No verdict; the check with positive biases stands.
+                return
             try:
                 found = run_sparse()
             except _UNSUITABLE as error:
                 raise _unless_refusal(error, plain, "cannot be masked") from error
             if all(map(_agree, found, expected)):
                 continue
-            if offset != 1.0 and not all(
-                map(_agree, features(plain, crops + 1e-12 * crops.flip(-1), stages), expected)
-            ):
-                return  # most channels are dead: norms divide by next to nothing and blow up the plain net's rounding
             if training and not all(map(torch.equal, expected, run_plain())):
                 raise SparseUnsupported(
                     f"{type(plain).__name__} draws random numbers outside of dropout layers, so its training "
