@@ -9,8 +9,8 @@ each, as many at a time as there are cores. What was stopped goes on where it wa
 
 Per data set and network, 64 px: three pre-trainings (seeds 0 to 2) on all training images without labels; fine-tuning
 on 1 %, 10 % and 100 % of the labels; from scratch with the same epochs ("scratch"); and from scratch with as many more
-epochs as the pre-training took time ("scratch, equal total"). A seed decides the labels that are kept, the fresh weights
-and all draws, so differences are paired.
+epochs as the pre-training took time ("scratch, equal total"). A seed decides the labels that are kept, the fresh
+weights and all draws, so differences are paired.
 """
 
 import argparse
