@@ -6,7 +6,7 @@ from leaven.backbones.first_layers import first_layers
 from leaven.backbones.layer_groups import layer_groups
 from leaven.backbones.names import ALIASES, UnknownBackbone, resolve
 from leaven.backbones.stages import NoStages, Stage, features, stages, unused_parameters
-from leaven.backbones.weights import WeightsMismatch, load, load_around_classifier, save
+from leaven.backbones.weights import WeightsMismatch, load, load_around_classifier, metadata, save
 
 __all__ = [
     "ALIASES",
@@ -22,6 +22,7 @@ __all__ = [
     "layer_groups",
     "load",
     "load_around_classifier",
+    "metadata",
     "resolve",
     "save",
     "stages",

@@ -110,6 +110,16 @@ def load_around_classifier(model: nn.Module, path: str | os.PathLike[str]) -> li
     return [key for key in inner.state_dict() if key not in taken]
 
 
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The notes in a file written by `save`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        WeightsMismatch: not a safetensors file.
+    """
+    return _read(path)[1]
+
+
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, and its metadata."""
     from safetensors import SafetensorError, safe_open

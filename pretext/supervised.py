@@ -63,6 +63,8 @@ class Supervised(nn.Module):
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"{type(self.backbone).__name__} must return logits (B, N), not {what}")
+        # Autocast on CPUs would take the loss in bfloat16, to two digits.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if targets.ndim == 2:
             if targets.shape != logits.shape:
                 raise ValueError(f"soft labels {tuple(targets.shape)} for logits {tuple(logits.shape)}")

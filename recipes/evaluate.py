@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from leaven.backbones import resolve
 from leaven.pretext import few_label_probe, few_protocol, knn, knn_protocol, linear_probe, linear_protocol
 from leaven.pretext.evaluation import FEW, KNN, LINEAR
-from leaven.recipes.common.batches import Images, Part, build_backbone, user_errors
+from leaven.recipes.common.batches import Images, Part, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import command
-from leaven.recipes.common.data import Data, open_data
+from leaven.recipes.common.data import Data
 from leaven.recipes.common.few_labels import few_labels, keep_few
 from leaven.recipes.common.flags import ImageSettings, UserError, flag, parse, run_main, to_yaml
 from leaven.recipes.common.launcher import set_threads
@@ -56,8 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     resolve(settings.backbone)  # before a run folder is made for a typo
     run = open_run("evaluate", settings.backbone, output_dir=settings.output_dir, resume=None)
     print(set_threads(1))
-    options: dict[str, Any] = {"max_bad_images": settings.max_bad_images, "in_chans": settings.in_chans}
-    data = keep_few(open_data(settings.data, seed=settings.seed, **options), None, 0)
+    data = keep_few(find_data(settings), None, 0)
     results = evaluate(settings, data)
     run.write(run.config, to_yaml(settings))
     about = {"backbone": resolve(settings.backbone), "init": settings.init, "data": data.name}

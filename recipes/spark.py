@@ -17,9 +17,9 @@ from leaven.backbones import resolve, save
 from leaven.callbacks import attach
 from leaven.pretext import Output
 from leaven.pretext.spark import SparK, sample_mask
-from leaven.recipes.common.batches import Images, build_backbone, user_errors
+from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
-from leaven.recipes.common.data import Data, open_data
+from leaven.recipes.common.data import Data
 from leaven.recipes.common.dry_run import dry_run
 from leaven.recipes.common.flags import flag, run_main
 from leaven.recipes.common.loop import fit
@@ -81,8 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = read_settings(SparkSettings, argv, PRESETS)
     if settings.dry_run:
         return dry_run(train, settings)
-    options: dict[str, Any] = {"max_bad_images": settings.max_bad_images, "in_chans": settings.in_chans}
-    train(settings, open_data(settings.data, seed=settings.seed, **options))
+    train(settings, find_data(settings))
 
 
 def train(settings: SparkSettings, data: Data) -> None:
@@ -129,7 +128,7 @@ def train(settings: SparkSettings, data: Data) -> None:
     if data.kind == "digits":
         lines.append("digits are a smoke test of the recipe and no evidence that the method helps")
     print("\n".join(lines))
-    notes = {"method": "SparK", "data": data.name, "in_chans": settings.in_chans}
+    notes = {"method": "SparK", **images.notes}
     with user_errors(OSError):
         save(spark.backbone, run.backbone, name=settings.backbone, metadata=notes)
     results = [

@@ -17,9 +17,9 @@ from torch import nn
 from leaven.backbones import layer_groups, resolve
 from leaven.callbacks import EMA, attach
 from leaven.pretext import Output, Supervised
-from leaven.recipes.common.batches import Images, build_backbone, user_errors
+from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
-from leaven.recipes.common.data import Data, open_data
+from leaven.recipes.common.data import Data
 from leaven.recipes.common.dry_run import dry_run
 from leaven.recipes.common.few_labels import keep_few
 from leaven.recipes.common.flags import UserError, flag, run_main
@@ -110,8 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = read_settings(TrainSettings, argv, PRESETS)
     if settings.dry_run:
         return dry_run(train, replace(settings, labels=None), classes=10)
-    options: dict[str, Any] = {"max_bad_images": settings.max_bad_images, "in_chans": settings.in_chans}
-    train(settings, open_data(settings.data, seed=settings.seed, **options))
+    train(settings, find_data(settings))
 
 
 def train(settings: TrainSettings, data: Data) -> None:
@@ -170,7 +169,7 @@ def train(settings: TrainSettings, data: Data) -> None:
         return
 
     loss_curve(run.rows(), run.plots / "loss.png", f"{settings.backbone} on {data.name}")
-    notes = {"method": "supervised", "data": data.name, "in_chans": settings.in_chans, "num_classes": classes}
+    notes = {"method": "supervised", **images.notes, "num_classes": classes}
     with user_errors(OSError):
         objective.export(run.backbone, name=settings.backbone, **notes)
         if ema is not None:

@@ -1,5 +1,6 @@
 """Loaders for training and for evaluation, and the backbone, from the common flags."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from leaven.recipes.common.augment import DeviceAugment, eval_transform, train_transform
-from leaven.recipes.common.data import Data, KeyedDataset, KeyedLoader, make_loader
-from leaven.recipes.common.few_labels import labels_of
+from leaven.recipes.common.data import Data, KeyedDataset, KeyedLoader, make_loader, open_data
+from leaven.recipes.common.few_labels import hold_out, labels_of
 from leaven.recipes.common.flags import CommonSettings, ImageSettings, UserError
 from leaven.recipes.common.policies import Policy
 from leaven.recipes.common.sampler import KeyedBatchSampler
@@ -33,6 +34,14 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         raise UserError(str(error)) from error
+
+
+def find_data(settings: ImageSettings) -> Data:
+    """The images of ``--data``, less what ``--val-from-train`` keeps out."""
+    data = open_data(
+        settings.data, seed=settings.seed, max_bad_images=settings.max_bad_images, in_chans=settings.in_chans
+    )
+    return data if settings.val_from_train is None else hold_out(data, settings.val_from_train)
 
 
 def build_backbone(
@@ -117,13 +126,24 @@ class Images:
 
     @classmethod
     def of(cls, data: Data, settings: ImageSettings, size: Size, backbone: nn.Module) -> "Images":
-        """Normalised as pretrained weights expect it, or else by the data's own statistics."""
-        from leaven.backbones import data_config
+        """Normalised as the weights of ``--init`` were trained, or else by the data's own statistics."""
+        from leaven.backbones import data_config, metadata
 
-        known = {"mean": data.mean, "std": data.std}
+        known: dict[str, Any] = {"mean": data.mean, "std": data.std}
         if settings.init == "pretrained":
             known = data_config(backbone)
+        elif settings.init is not None and "mean" in (notes := metadata(settings.init)):
+            known = {name: json.loads(notes[name]) for name in ("mean", "std")}
+        if len(known["mean"]) != settings.in_chans:
+            channels = len(known["mean"])
+            raise UserError(f"--init {settings.init} is for {channels} channels: add --in-chans {channels}")
         return cls(data, settings, size, known["mean"], known["std"])
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What a weights file should tell about the images that it was trained on."""
+        moments = {"mean": json.dumps(list(self.mean)), "std": json.dumps(list(self.std))}
+        return {"data": self.data.name, "in_chans": self.settings.in_chans, **moments}
 
     def __str__(self) -> str:
         numbers = [", ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std)]

@@ -90,6 +90,27 @@ def keep_few(data: Data, amount: str | None, seed: int) -> Data:
     return replace(data, train=Subset(data.train, kept), notes=[*data.notes, note])
 
 
+def hold_out(data: Data, amount: str) -> Data:
+    """Another split of the training images, always the same: for choosing settings without a look at the held-out part.
+
+    Args:
+        data: its held-out part is put away.
+        amount: "P%" of the training images to judge on, of each class where there are classes; or "N" of each.
+
+    Raises:
+        UserError: see `few_labels`.
+    """
+    n, names = len(data.train), data.classes or ("all images",)
+    labels = labels_of(data.train) if data.classes else np.zeros(n, dtype=np.int64)
+    kept_out = few_labels(labels, amount, 0, names, "--val-from-train")
+    rest = np.setdiff1d(np.arange(n), kept_out)
+    if not len(rest):
+        raise UserError(f"--val-from-train {amount}: no image is left to train on")
+    note = f"--val-from-train {amount}: judged on {len(kept_out)} of {n} training images, the held-out part is closed"
+    parts = {"train": Subset(data.train, rest), "val": Subset(data.train, kept_out)}
+    return replace(data, **parts, notes=[*data.notes, note])  # type: ignore[arg-type]
+
+
 class Subset:
     """Some images of a source.
 

@@ -47,6 +47,10 @@ class ImageSettings:
     image_size: tuple[int, int] | None = flag(None, "N or HxW in pixels; none: what suits the data")
     in_chans: int = flag(3, "channels that the images are read with: 1 grey, 3 RGB")
     max_bad_images: int = flag(10, "unreadable images per split to name and skip before giving up")
+    val_from_train: str | None = flag(
+        None,
+        "judge on this share (20%) of the training images, kept out of training; the held-out part stays closed",
+    )
     workers: int = flag(2, "processes that load data; 0: load in the main process")
     batch_size: int = flag(64, "images per step on each process")
     init: str | None = flag(None, "weights to start from: a .safetensors file, or `pretrained`")

@@ -114,3 +114,15 @@ def test_counting_leaves_no_trace() -> None:
 
 def test_fewer_than_five_classes_count_as_many_guesses() -> None:
     assert count_correct(Logits(), [(torch.eye(3), torch.tensor([0, 1, 0]))]).tolist() == [2, 3, 3]
+
+
+@pytest.mark.parametrize("bce", [False, True])
+def test_the_loss_of_half_precision_logits_is_taken_in_single(bce: bool) -> None:
+    objective = Supervised(nn.Linear(7, 7), 0.1, bce=bce)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = objective(LOGITS.float(), LABELS).loss
+        logits = objective.backbone(LOGITS.float())
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    plain = Supervised(Logits(), 0.1, bce=bce)
+    assert loss.item() == pytest.approx(plain(logits.float(), LABELS).loss.item(), rel=1e-5)

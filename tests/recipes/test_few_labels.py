@@ -1,12 +1,13 @@
 """Few labels: as many as asked for of every class, nested, seeded, or one line that says why not."""
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from leaven.recipes.common.data import open_data
-from leaven.recipes.common.few_labels import Subset, few_labels, keep_few, labels_of
+from leaven.recipes.common.few_labels import Subset, few_labels, hold_out, keep_few, labels_of
 from leaven.recipes.common.flags import UserError
 
 NAMES = ("ant", "bee", "cow")
@@ -81,3 +82,25 @@ def test_kept_data_say_so_and_hold_the_right_pairs() -> None:
         assert (few.train.image(i) == data.train.image(index)).all()
     assert (labels_of(few.train) == [few.train.label(i) for i in range(30)]).all()
     assert keep_few(data, None, 1) is data
+
+
+def test_held_out_of_training_are_other_images_always_the_same() -> None:
+    data = open_data("digits")
+    split = hold_out(data, "20%")
+    train, val = split.train, split.val
+    assert isinstance(train, Subset)
+    assert isinstance(val, Subset)
+    assert sorted([*train.indices, *val.indices]) == list(range(1437))
+    shares = np.bincount(labels_of(val)) / np.bincount(labels_of(data.train))
+    assert (abs(shares - 0.2) < 0.01).all()
+    assert split.notes[-1].startswith("--val-from-train 20%: judged on 28")
+    assert (hold_out(data, "20%").val.indices == val.indices).all()  # type: ignore[attr-defined]
+    few = keep_few(split, "10%", 0)
+    assert not {train.indices[i] for i in few.train.indices} & set(val.indices.tolist())  # type: ignore[attr-defined]
+
+
+def test_images_without_labels_are_held_out_too() -> None:
+    data = dataclasses.replace(open_data("digits"), classes=())
+    assert (len(hold_out(data, "20%").train), len(hold_out(data, "20%").val)) == (1150, 287)
+    with pytest.raises(UserError, match=r"^--val-from-train 100%: no image is left"):
+        hold_out(data, "100%")
