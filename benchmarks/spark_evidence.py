@@ -2,15 +2,16 @@
 
     python benchmarks/spark_evidence.py --data DATA --work RUNS tune      # settings, on a fifth of the training images
     python benchmarks/spark_evidence.py --data DATA --work RUNS final     # the held-out images, opened once
-    python benchmarks/spark_evidence.py --data DATA --work RUNS table     # results/spark_evidence.json, and in words
+    python benchmarks/spark_evidence.py --data DATA --work RUNS table     # results/spark_evidence.json, and words
 
-DATA holds imagenette224-mini/ and cifar10-jpeg/cifar10-jpeg-12k.zip. Everything is done by the recipes, one thread
-each, as many at a time as there are cores. What was stopped goes on where it was; what is done is not done again.
+DATA holds imagenette224-mini/ and cifar10-jpeg/cifar10-jpeg-12k.zip. Everything is done by the recipes, on one thread
+each, as many at a time as there are cores. What was stopped goes on where it was. A finished run is one line of
+results/spark_evidence_runs.jsonl and is not done again, on any machine.
 
 Per data set and network, 64 px: three pre-trainings (seeds 0 to 2) on all training images without labels; fine-tuning
-on 1 %, 10 % and 100 % of the labels; from scratch with the same epochs ("scratch"); and from scratch with as many more
-epochs as the pre-training took time ("scratch, equal total"). A seed decides the labels that are kept, the fresh
-weights and all draws, so differences are paired.
+on 1 %, 10 % and 100 % of the labels; from scratch with the same epochs ("scratch"); and from scratch on as many images
+as pre-training and fine-tuning saw together ("scratch, equal total"). A seed decides the labels that are kept, the
+fresh weights and all draws, so differences are paired.
 """
 
 import argparse
@@ -22,249 +23,265 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from timing import machine
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LEDGER = RESULTS / "spark_evidence_runs.jsonl"
 NETS = ("convnext_atto", "resnet10t")
 SETS = ("photos", "cifar")
 LABELS = ("1%", "10%", "100%")
 SEEDS = (0, 1, 2)
-COMMON = ["--image-size", "64", "--batch-size", "64", "--workers", "0", "--mixed-precision", "bf16"]
-PRETRAIN = ["--stages", "4,8,16", "--decoder-width", "128", "--lr", "2e-3", "--weight-decay", "0.05"]
-PRETRAIN += [
+RATES = ("5e-4", "1.5e-3", "4e-3")
+TUNE = 100  # the seed of everything that settings are chosen by
+SPLIT = ("--val-from-train", "20%")
+COMMON = [
+    "--image-size",
+    "64",
+    "--batch-size",
+    "64",
+    "--workers",
+    "0",
+    "--mixed-precision",
+    "bf16",
+    "--weight-decay",
+    "0.05",
+]
+PRETRAIN = [
+    "--stages",
+    "4,8,16",
+    "--decoder-width",
+    "64",
+    "--lr",
+    "2e-3",
     "--weight-decay-end",
     "none",
     "--warmup-epochs",
-    "3",
+    "2",
+    "--crop-scale",
+    "0.67,1",
     "--save-every",
     "10",
     "--probe-images",
-    "1",
+    "200",
 ]
-EPOCHS = {"photos": 60, "cifar": 9}  # 90,000 images
-FINETUNE = ["--smoothing", "0.1", "--save-every", "20", "--crop-pct", "1.0", "--weight-decay", "0.05"]
+VARIANTS = {"ratio75": ("--mask-ratio", "0.75"), "width128": ("--decoder-width", "128")}
+EPOCHS = {"photos": 40, "cifar": 6}  # 60,000 images
+IMAGES = {"photos": 1500, "cifar": 10000}
 CROP = {"photos": "0.35,1", "cifar": "0.5,1"}
-# By share of the labels: epochs, batch size.
+FINETUNE = ["--smoothing", "0.1", "--save-every", "100", "--crop-pct", "1.0"]
+# By share of the labels: images, epochs, batch size.
 TUNING = {
-    "photos": {"1%": (100, 20), "10%": (80, 50), "100%": (20, 50)},
-    "cifar": {"1%": (60, 50), "10%": (15, 50), "100%": (5, 50)},
+    "photos": {"1%": (20, 100, 20), "10%": (150, 80, 50), "100%": (1500, 20, 50)},
+    "cifar": {"1%": (100, 60, 50), "10%": (1000, 15, 50), "100%": (10000, 5, 50)},
 }
-RATES = ("5e-4", "1.5e-3", "4e-3")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One recipe's run: its folder under RUNS, its command line, and what it needs first."""
+    """One run of a recipe: its name, its command line without ``--output-dir``, and whose weights it starts from."""
 
     name: str
-    command: list[str]
-    needs: list["Run"] = field(default_factory=list)
+    words: tuple[str, ...]
+    start: "Run | None" = None
 
 
-def pretrain(data: dict[str, str], which: str, net: str, seed: int, *extra: str) -> Run:
-    name = "-".join(["pretrain", which, net, str(seed), *(word.strip("-") for word in extra)])
-    words = [
-        "recipes/spark.py",
-        "--backbone",
-        net,
-        "--data",
-        data[which],
-        "--seed",
-        str(seed),
-        *COMMON,
-        *PRETRAIN,
-    ]
-    return Run(
-        name.replace("%", ""), [*words, "--epochs", str(EPOCHS[which]), "--crop-scale", "0.67,1", *extra]
-    )
+def pretrain(which: str, net: str, seed: int, variant: str = "", split: tuple[str, ...] = ()) -> Run:
+    words = ["recipes/spark.py", "--backbone", net, "--data", which, "--seed", str(seed), *COMMON, *PRETRAIN]
+    words += ["--epochs", str(EPOCHS[which]), *VARIANTS.get(variant, ()), *split]
+    return Run("-".join(filter(None, ("pretrain", which, net, str(seed), variant))), tuple(words))
 
 
 def finetune(
-    data: dict[str, str], work: Path, which: str, net: str, labels: str, seed: int, lr: str, start: Run | None,
-    *extra: str, epochs: int | None = None, tag: str = "",
+    which: str, net: str, labels: str, seed: int, lr: str, start: Run | None,
+    *, epochs: int | None = None, split: tuple[str, ...] = (),
 ) -> Run:  # fmt: skip
-    usual, batch = TUNING[which][labels]
-    kind = "scratch" if start is None else "spark"
-    name = "-".join(["train", which, net, labels.strip("%"), kind, str(seed), lr, *([tag] if tag else [])])
-    words = [
-        "recipes/train.py",
-        "--backbone",
-        net,
-        "--data",
-        data[which],
-        "--seed",
-        str(seed),
-        *COMMON,
-        *FINETUNE,
+    _, usual, batch = TUNING[which][labels]
+    long, epochs = epochs is not None, epochs or usual
+    arm = start.name.replace("pretrain", "spark") if start else f"scratch-{which}-{net}-{seed}"
+    words = ["recipes/train.py", "--backbone", net, "--data", which, "--seed", str(seed), *COMMON, *FINETUNE]
+    words += ["--labels", labels, "--labels-seed", str(seed), "--lr", lr, "--batch-size", str(batch)]
+    words += [
+        "--epochs",
+        str(epochs),
+        "--eval-every",
+        str(epochs),
+        "--warmup-epochs",
+        str(max(1, epochs // 20)),
     ]
-    words += ["--labels", labels, "--labels-seed", str(seed), "--lr", lr, "--epochs", str(epochs or usual)]
-    words += ["--batch-size", str(batch), "--crop-scale", CROP[which], "--eval-every", str(epochs or usual)]
-    words += ["--warmup-epochs", str(max(1, (epochs or usual) // 20)), *extra]
-    if start is not None:
-        words += ["--init", str(work / start.name / "backbone.safetensors")]
-    return Run(name, words, [] if start is None else [start])
+    words += ["--crop-scale", CROP[which], *split]
+    return Run("-".join([arm, labels.strip("%"), lr, *(["long"] if long else [])]), tuple(words), start)
 
 
-def tuning(data: dict[str, str], work: Path) -> Iterator[Run]:
-    """Learning rates of both arms at 10 % of the labels; mask ratio, decoder and rate of the pre-training."""
-    split = ("--val-from-train", "20%")
-    for which in SETS:
-        for net in NETS:
-            start = pretrain(data, which, net, 100, *split)
-            others = [
-                pretrain(data, which, net, 100, *split, *extra)
-                for extra in (("--lr", "1e-3"), ("--mask-ratio", "0.75"), ("--decoder-width", "256"))
-            ]
-            for lr in RATES:
-                yield finetune(data, work, which, net, "10%", 100, lr, None, *split, tag="tune")
-                yield finetune(data, work, which, net, "10%", 100, lr, start, *split, tag="tune")
-            for other in others if net == NETS[0] else []:
-                tag = "tune-" + other.name.split("20-")[-1]
-                yield finetune(data, work, which, net, "10%", 100, RATES[1], other, *split, tag=tag)
+def judged(variant: str) -> list[Run]:
+    """What a setting of the pre-training is judged by, on the tuning split."""
+    start = pretrain("photos", NETS[0], TUNE, variant, SPLIT)
+    return [finetune("photos", NETS[0], part, TUNE, RATES[1], start, split=SPLIT) for part in ("10%", "100%")]
 
 
-def final(data: dict[str, str], work: Path, rates: dict[str, str]) -> Iterator[Run]:
-    """Everything that is compared; ``rates`` are those that `tune` chose, by set, network and arm."""
-    for which in SETS:
-        for net in NETS:
-            for seed in SEEDS:
-                start = pretrain(data, which, net, seed)
-                for labels in LABELS:
-                    for kind, init in (("scratch", None), ("spark", start)):
-                        yield finetune(
-                            data, work, which, net, labels, seed, rates[f"{which} {net} {kind}"], init
-                        )
+def rated(net: str, spark: bool) -> dict[str, Run]:
+    """What the learning rate of an arm is chosen by, on the tuning split."""
+    start = pretrain("photos", net, TUNE, split=SPLIT) if spark else None
+    return {lr: finetune("photos", net, "10%", TUNE, lr, start, split=SPLIT) for lr in RATES}
 
 
-def equal_total(data: dict[str, str], work: Path, rates: dict[str, str]) -> Iterator[Run]:
-    """From scratch for as long as pre-training and fine-tuning took together; after `final`."""
-    for which in SETS:
-        for net in NETS:
-            lr = rates[f"{which} {net} scratch"]
-            for seed in SEEDS:
-                start = pretrain(data, which, net, seed)
-                for labels in LABELS:
-                    short = finetune(data, work, which, net, labels, seed, lr, None)
-                    tuned = finetune(
-                        data, work, which, net, labels, seed, rates[f"{which} {net} spark"], start
-                    )
-                    usual = TUNING[which][labels][0]
-                    total = seconds(work / start.name) + seconds(work / tuned.name)
-                    epochs = round(usual * total / seconds(work / short.name))
-                    yield finetune(data, work, which, net, labels, seed, lr, None, epochs=epochs, tag="long")
+def tuning() -> list[list[Run]]:
+    """Photos only: learning rates of both arms at 10 % of the labels; mask ratio and decoder of the pre-training."""
+    chains = [list(rated(net, spark).values()) for net in NETS for spark in (True, False)]
+    chains[0] += judged("")
+    return chains + [judged(variant) for variant in VARIANTS]
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def chosen(ledger: "Ledger") -> tuple[dict[tuple[str, bool], str], str]:
+    """The best learning rate of each network and arm, and the best pre-training, on the tuning split."""
+    rates = {}
+    for net in NETS:
+        for spark in (True, False):
+            scores = {lr: ledger.top1(run) for lr, run in rated(net, spark).items()}
+            rates[net, spark] = max(scores, key=lambda lr: scores[lr])
+    means = {v: statistics.mean(map(ledger.top1, judged(v))) for v in ("", *VARIANTS)}
+    return rates, max(means, key=lambda variant: means[variant])
 
 
-def seconds(folder: Path) -> float:
-    """What the updates of a run took."""
-    return sum(row["step_s"] for row in rows(folder))
+def arms(which: str, net: str, seed: int, labels: str, ledger: "Ledger") -> dict[str, Run]:
+    """The three runs that are compared, by the name of the arm."""
+    rates, variant = chosen(ledger)
+    start = pretrain(which, net, seed, variant)
+    images, usual, _ = TUNING[which][labels]
+    total = usual + round(EPOCHS[which] * IMAGES[which] / images)
+    scratch = rates[net, False]
+    return {
+        "spark": finetune(which, net, labels, seed, rates[net, True], start),
+        "scratch": finetune(which, net, labels, seed, scratch, None),
+        "scratch, equal total": finetune(which, net, labels, seed, scratch, None, epochs=total),
+    }
 
 
-def top1(folder: Path) -> float:
-    score: float = rows(folder)[-1]["val_top1"]
-    return score
+class Ledger:
+    """The finished runs, a line each, by name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, Lock()
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self.rows: dict[str, dict[str, Any]] = {row["name"]: row for row in map(json.loads, lines)}
+
+    def top1(self, run: Run) -> float:
+        score: float = self.rows[run.name]["top1"]
+        return score
+
+    def add(self, run: Run, folder: Path) -> None:
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        row = {"name": run.name, "command": " ".join(run.words)}
+        if run.start is not None:
+            row["start"] = run.start.name
+        row |= {"updates": len(log), "seconds": round(sum(each["step_s"] for each in log), 1)}
+        row |= {"loss": round(statistics.mean(each["loss"] for each in log[-20:]), 4)}
+        if "val_top1" in log[-1]:
+            row["top1"] = round(log[-1]["val_top1"], 5)
+        with self.lock, self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            self.rows[run.name] = row
 
 
-def done(folder: Path) -> bool:
-    return (folder / "README.md").is_file()
-
-
-def execute(runs: list[Run], work: Path, jobs: int) -> None:
-    """Run what is not done yet, what is needed first before the rest."""
-    needed = {need.name: need for run in runs for need in run.needs}
+def execute(chains: list[list[Run]], data: dict[str, str], work: Path, jobs: int, ledger: Ledger) -> None:
+    """Do what is not in the ledger, chain by chain; the runs of a chain one after another."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 
     def one(run: Run) -> None:
         folder = work / run.name
-        command = [sys.executable, *run.command, "--output-dir", str(folder), "--resume", "auto"]
+        words = [data.get(word, word) for word in run.words]
+        if run.start is not None:
+            weights = work / run.start.name / "backbone.safetensors"
+            if not weights.is_file():
+                one(run.start)
+            words += ["--init", str(weights)]
+        command = [sys.executable, *words, "--output-dir", str(folder), "--resume", "auto"]
         with (work / f"{run.name}.log").open("a") as log:
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
-        print(f"{'done' if code == 0 else f'FAILED ({code})'}: {run.name}", flush=True)
+        if code:
+            raise SystemExit(f"{run.name} failed ({code}): see {work / run.name}.log")
+        if run.name not in ledger.rows:
+            ledger.add(run, folder)
+        print(f"done: {run.name}", flush=True)
 
-    for part in (list(needed.values()), list({run.name: run for run in runs}.values())):
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(one, [run for run in part if not done(work / run.name)]))
+    def chain(runs: list[Run]) -> None:
+        for run in runs:
+            if run.name not in ledger.rows:
+                one(run)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(chain, chains))
 
 
-def chosen(data: dict[str, str], work: Path) -> dict[str, str]:
-    """The better learning rate of each arm on the tuning split."""
-    rates = {}
+def final(ledger: Ledger) -> Iterator[list[Run]]:
+    """Everything that is compared, a chain per data set, seed and network."""
     for which in SETS:
-        for net in NETS:
-            start = pretrain(data, which, net, 100, "--val-from-train", "20%")
-            for kind, init in (("scratch", None), ("spark", start)):
-                scores = {
-                    lr: top1(work / finetune(data, work, which, net, "10%", 100, lr, init, tag="tune").name)
-                    for lr in RATES
-                }
-                rates[f"{which} {net} {kind}"] = max(scores, key=lambda lr: scores[lr])
-    return rates
+        for seed in SEEDS:
+            for net in NETS:
+                yield [run for labels in LABELS for run in arms(which, net, seed, labels, ledger).values()]
 
 
 def summary(values: list[float]) -> dict[str, Any]:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {
-        "mean": round(statistics.mean(values), 4),
-        "sd": round(spread, 4),
-        "seeds": [round(v, 4) for v in values],
-    }
+    mean, sd = statistics.mean(values), statistics.stdev(values)
+    return {"mean": round(mean, 4), "sd": round(sd, 4), "seeds": [round(v, 4) for v in values]}
 
 
-def table(data: dict[str, str], work: Path) -> dict[str, Any]:
-    """All results, and every configuration that was tried on the tuning split."""
-    rates, results = chosen(data, work), []
-    long = {run.name.rsplit("-long", 1)[0]: run for run in equal_total(data, work, rates)}
+def table(ledger: Ledger) -> dict[str, Any]:
+    """All results of what is complete, and every configuration that was tried on the tuning split."""
+    results = []
     for which in SETS:
         for net in NETS:
-            starts = [pretrain(data, which, net, seed) for seed in SEEDS]
             for labels in LABELS:
-                arms: dict[str, list[Run]] = {"scratch": [], "spark": [], "scratch, equal total": []}
-                for seed, start in zip(SEEDS, starts, strict=True):
-                    scratch = finetune(
-                        data, work, which, net, labels, seed, rates[f"{which} {net} scratch"], None
-                    )
-                    arms["scratch"].append(scratch)
-                    lr = rates[f"{which} {net} spark"]
-                    arms["spark"].append(finetune(data, work, which, net, labels, seed, lr, start))
-                    arms["scratch, equal total"].append(long[scratch.name])
-                scores = {arm: [top1(work / run.name) for run in runs] for arm, runs in arms.items()}
-                gains = {
-                    f"spark minus {arm}": summary(
-                        [a - b for a, b in zip(scores["spark"], scores[arm], strict=True)]
-                    )
-                    for arm in ("scratch", "scratch, equal total")
+                compared = [arms(which, net, seed, labels, ledger) for seed in SEEDS]
+                if any(run.name not in ledger.rows for each in compared for run in each.values()):
+                    continue
+                scores = {arm: [ledger.top1(each[arm]) for each in compared] for arm in compared[0]}
+                row: dict[str, Any] = {"data": which, "backbone": net, "labels": labels}
+                row |= {arm: summary(values) for arm, values in scores.items()}
+                for arm in ("scratch", "scratch, equal total"):
+                    pairs = zip(scores["spark"], scores[arm], strict=True)
+                    row[f"spark minus {arm}"] = summary([a - b for a, b in pairs])
+                row["seconds"] = {
+                    arm: round(statistics.median(ledger.rows[each[arm].name]["seconds"] for each in compared))
+                    for arm in compared[0]
                 }
-                minutes = {
-                    arm: round(statistics.mean(seconds(work / r.name) for r in runs) / 60, 2)
-                    for arm, runs in arms.items()
-                }
-                results.append(
-                    {
-                        "data": which,
-                        "backbone": net,
-                        "labels": labels,
-                        **{arm: summary(s) for arm, s in scores.items()},
-                    }
-                    | gains
-                    | {
-                        "minutes": minutes,
-                        "pre-training minutes": round(
-                            statistics.mean(seconds(work / s.name) for s in starts) / 60, 2
-                        ),
-                    }
+                starts = [ledger.rows[each["spark"].start.name] for each in compared if each["spark"].start]
+                row["seconds"]["pre-training"] = round(
+                    statistics.median(start["seconds"] for start in starts)
                 )
-    tried = {
-        run.name: {"command": " ".join(run.command), "top1": top1(work / run.name)}
-        for run in tuning(data, work)
+                row["masked loss"] = summary([start["loss"] for start in starts])
+                results.append(row)
+    rates, variant = chosen(ledger)
+    names = {f"{net}, {'spark' if spark else 'scratch'}": lr for (net, spark), lr in rates.items()}
+    tried = {run.name: ledger.rows[run.name] for runs in tuning() for run in runs}
+    return {
+        "machine": machine("cpu"),
+        "chosen": {"learning rates": names, "pre-training": variant or "base"},
+        "results": results,
+        "tried on the tuning split": tried,
     }
-    return {"machine": machine("cpu"), "rates": rates, "results": results, "tried on the tuning split": tried}
+
+
+def words(report: dict[str, Any]) -> str:
+    """The results as a Markdown table: top-1 in percent, mean over seeds, paired differences and their spread."""
+    head = (
+        "| data | backbone | labels | scratch | SparK | scratch, equal total | gain | gain at equal total |"
+    )
+    lines = [head, "|" + " --- |" * 8]
+    for row in report["results"]:
+        cells = [row["data"], row["backbone"], row["labels"]]
+        cells += [f"{100 * row[arm]['mean']:.1f}" for arm in ("scratch", "spark", "scratch, equal total")]
+        for arm in ("scratch", "scratch, equal total"):
+            gain = row[f"spark minus {arm}"]
+            seeds = ", ".join(f"{100 * value:+.1f}" for value in gain["seeds"])
+            cells.append(f"{100 * gain['mean']:+.1f} ({seeds})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -276,21 +293,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    work = args.work.resolve()
+    work, ledger = args.work.resolve(), Ledger(LEDGER)
+    if args.step == "table":
+        report = table(ledger)
+        (RESULTS / "spark_evidence.json").write_text(json.dumps(report, indent=1) + "\n")
+        print(words(report))
+        return
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "cifar10-jpeg").is_dir():
         zipfile.ZipFile(args.data / "cifar10-jpeg" / "cifar10-jpeg-12k.zip").extractall(work)
     data = {"photos": str((args.data / "imagenette224-mini").resolve()), "cifar": str(work / "cifar10-jpeg")}
-    if args.step == "tune":
-        execute(list(tuning(data, work)), work, args.jobs)
-    elif args.step == "final":
-        rates = chosen(data, work)
-        execute(list(final(data, work, rates)), work, args.jobs)
-        execute(list(equal_total(data, work, rates)), work, args.jobs)
-    else:
-        output = Path(__file__).parent / "results" / "spark_evidence.json"
-        output.write_text(json.dumps(table(data, work), indent=1) + "\n")
-        print(f"written: {output}")
+    execute(tuning() if args.step == "tune" else list(final(ledger)), data, work, args.jobs, ledger)
 
 
 if __name__ == "__main__":

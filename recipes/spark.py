@@ -26,7 +26,7 @@ from leaven.recipes.common.loop import fit
 from leaven.recipes.common.masked import describe, draw_reconstructions, held_out_loss, judge
 from leaven.recipes.common.optimizer import make_optimizer
 from leaven.recipes.common.plots import loss_curve
-from leaven.recipes.common.probes import probe
+from leaven.recipes.common.probes import probe, recalibrate
 from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import LoopSettings, leave_group, read_settings, start, synchronised
 
@@ -117,20 +117,21 @@ def train(settings: SparkSettings, data: Data) -> None:
     if not leave_group(accelerator):
         return
 
-    judged = judge(spark, images)
+    judged = judge(spark, images)  # a copy, under masks as in training
+    backbones = {"untrained backbone": untrained, "trained backbone": spark.backbone}
+    lines, notes = recalibrate(backbones, images), {"method": "SparK", **images.notes}
+    with user_errors(OSError):
+        save(spark.backbone, run.backbone, name=settings.backbone, metadata=notes)
     after = held_out_loss(judged, images, settings.probe_images)
     print(f"held-out masked loss: {before:.4f} before training, {after:.4f} after")
     level = 1.0, "each patch predicted as its mean"  # the target has variance one
     loss_curve(run.rows(), run.plots / "loss.png", f"SparK, {settings.backbone} on {data.name}", level)
     draw_reconstructions(judged, images, run.plots / "reconstructions.png")
-    backbones = {"untrained backbone": untrained, "trained backbone": spark.backbone}
-    scores, lines = probe(backbones, images, settings.probe_images)
+    scores, table = probe(backbones, images, settings.probe_images)
+    lines += table
     if data.kind == "digits":
         lines.append("digits are a smoke test of the recipe and no evidence that the method helps")
     print("\n".join(lines))
-    notes = {"method": "SparK", **images.notes}
-    with user_errors(OSError):
-        save(spark.backbone, run.backbone, name=settings.backbone, metadata=notes)
     results = [
         ("held-out masked loss before training", f"{before:.4f}"),
         ("and after", f"{after:.4f}"),

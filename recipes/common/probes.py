@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from leaven.pretext import (
     linear_protocol,
     recalibrate_batchnorm,
 )
-from leaven.recipes.common.batches import CALIBRATION_IMAGES, Images
+from leaven.recipes.common.batches import CALIBRATION_IMAGES, Images, Part, user_errors
 from leaven.recipes.common.data import Data, KeyedLoader
 
 # Raw pixels are compared at the stored size, up to this side: a linear probe on 150,528 numbers tells no more.
@@ -24,10 +25,7 @@ _PIXELS = 32
 def probe(
     backbones: Mapping[str, nn.Module], images: Images, most: int
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """Top-1 of kNN and linear probe on raw pixels, then on each backbone in turn.
-
-    The BatchNorm statistics of every backbone are taken anew from whole training images first, and stay so: after
-    masked training they describe visible patches, before any training nothing at all.
+    """Top-1 of kNN and linear probe on raw pixels, then on each backbone in turn; see `recalibrate` first.
 
     Args:
         backbones: what to probe, by the name to print.
@@ -38,9 +36,12 @@ def probe(
         Results as (what, percent), and lines to print: protocol, then a table.
     """
     data, settings = images.data, images.settings
-    lines = recalibrate(backbones, images)
     if not data.classes:
-        return [], [*lines, "no labels: kNN and linear probe are skipped"]
+        return [], ["no labels: kNN and linear probe are skipped"]
+    counts = np.bincount(Part(data.train, most).labels)
+    if (counts > 0).sum() < 2 or counts.max() < 2:
+        few = f"{counts.sum()} labelled training images of {(counts > 0).sum()} classes"
+        return [], [f"kNN and linear probe are skipped: {few} are too few to learn from"]
     raw = pixel_size(data)
     loaders = [images.whole(part, most) for part in (data.train, data.val)]
     pairs = [
@@ -52,7 +53,7 @@ def probe(
     crop = f"whole image resized to cover {images.size[0]}x{images.size[1]}, centre crop"
     split = f"{len(pairs[0][0])} training to {len(pairs[1][0])} held-out images"
     k = min(20, len(pairs[0][0]))
-    lines += [
+    lines = [
         knn_protocol(k, split=split, crop=crop),
         linear_protocol(split=split, crop=crop),
         *_table(scores),
@@ -63,7 +64,10 @@ def probe(
 
 
 def recalibrate(backbones: Mapping[str, nn.Module], images: Images) -> list[str]:
-    """Take the BatchNorm statistics of every backbone anew, from whole training images; lines that say so."""
+    """Take the BatchNorm statistics of every backbone anew, from whole training images; lines that say so.
+
+    After masked training they describe visible patches, before any training nothing at all.
+    """
     lines = []
     for name, backbone in backbones.items():
         some = images.whole(images.data.train, CALIBRATION_IMAGES)
@@ -105,7 +109,8 @@ def labelled_features(backbone: nn.Module, loader: KeyedLoader) -> tuple[Tensor,
 
 def _scores(pairs: list[tuple[Tensor, Tensor]], seed: int) -> dict[str, float]:
     (train_x, train_y), (val_x, val_y) = pairs
-    return {
-        "kNN": knn(train_x, train_y, val_x, val_y, k=min(20, len(train_x))),
-        "linear probe": linear_probe(train_x, train_y, val_x, val_y, seed=seed),
-    }
+    with user_errors(ValueError):  # features that are not finite
+        return {
+            "kNN": knn(train_x, train_y, val_x, val_y, k=min(20, len(train_x))),
+            "linear probe": linear_probe(train_x, train_y, val_x, val_y, seed=seed),
+        }
