@@ -13,7 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Arguments that a timm family may lack without harm: a net without them takes any image size anyway,
 # or keeps its one size. They change no state-dict key.
-_SIZE_ARGUMENTS = ("img_size", "dynamic_img_size")
+_SIZE_ARGUMENTS = ("img_size", "dynamic_img_size", "strict_img_size")
 
 
 def create(
@@ -78,7 +78,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 def _timm(name: str, wishes: dict[str, Any], image_size: int | tuple[int, int] | None) -> nn.Module:
     import timm
 
-    arguments = dict(wishes, dynamic_img_size=True)
+    arguments = dict(wishes, dynamic_img_size=True, strict_img_size=False)
     if image_size is not None:
         arguments["img_size"] = image_size
     while True:
@@ -107,8 +107,11 @@ def _torchvision(name: str, asked: dict[str, Any], image_size: int | tuple[int, 
     arguments: dict[str, Any] = {"weights": "DEFAULT" if "pretrained" in asked else None}
     if "num_classes" in asked:
         arguments["num_classes"] = asked["num_classes"]
-    if isinstance(image_size, int) and name.startswith("tv:vit_"):
-        arguments["image_size"] = image_size
+    if image_size is not None and name.startswith("tv:vit_"):
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height != width:
+            raise ValueError(f"{name} takes square images only, not {height}x{width}; take a timm ViT for others")
+        arguments["image_size"] = height
     rate = asked.get("drop_path_rate")
     model: nn.Module
     try:

@@ -1,4 +1,20 @@
-"""What the network sees, and when.
+"""What the network sees, and when: the Fourier crop, EfficientTrain's schedules, and the search for a schedule."""
 
-The Fourier crop, EfficientTrain's schedules as a callback, and the search for a schedule will live here.
-"""
+from leaven.curricula.efficient_train import EfficientTrain
+from leaven.curricula.fourier import FourierCrop, fourier_crop, fourier_matrix, fourier_pad
+from leaven.curricula.resize import resize
+from leaven.curricula.schedule import ET, ET_PP, ET_PP_DEIT, Schedule, Stage
+
+__all__ = [
+    "ET",
+    "ET_PP",
+    "ET_PP_DEIT",
+    "EfficientTrain",
+    "FourierCrop",
+    "Schedule",
+    "Stage",
+    "fourier_crop",
+    "fourier_matrix",
+    "fourier_pad",
+    "resize",
+]

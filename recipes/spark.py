@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from leaven.backbones import resolve, save
-from leaven.callbacks import attach
+from leaven.callbacks import AttachError, attach
 from leaven.pretext import Output
 from leaven.pretext.spark import SparK, sample_mask
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
+from leaven.recipes.common.curriculum import CurriculumSettings, follow
 from leaven.recipes.common.data import Data
 from leaven.recipes.common.dry_run import dry_run
 from leaven.recipes.common.flags import flag, run_main
@@ -28,11 +29,11 @@ from leaven.recipes.common.optimizer import make_optimizer
 from leaven.recipes.common.plots import loss_curve
 from leaven.recipes.common.probes import probe, recalibrate
 from leaven.recipes.common.schedule import Plan
-from leaven.recipes.common.start import LoopSettings, leave_group, read_settings, start, synchronised
+from leaven.recipes.common.start import leave_group, read_settings, start, synchronised
 
 
 @dataclass
-class SparkSettings(LoopSettings):
+class SparkSettings(CurriculumSettings):
     """SparK: masked pre-training of a convolutional backbone. Defaults suit small data; see --preset."""
 
     epochs: int = 10
@@ -52,7 +53,7 @@ class SparkSettings(LoopSettings):
     crop_scale: tuple[float, float] = flag((0.67, 1.0), "share of the area that a random crop takes")
     probe_images: int = flag(5000, "labelled images at most, of each part, for kNN and linear probe")
 
-    FREE = LoopSettings.FREE | {"probe_images"}
+    FREE = CurriculumSettings.FREE | {"probe_images"}
 
 
 # The settings of the authors' code (keyu-tian/SparK), the same for every network but for drop path and betas.
@@ -93,14 +94,20 @@ def train(settings: SparkSettings, data: Data) -> None:
     names = ("mask_ratio", "decoder_width", "densify_norm", "backend", "stages", "mask_cell")
     with user_errors(ValueError):
         spark = SparK(backbone, **{name: getattr(settings, name) for name in names}).to(accelerator.device)
-        grid, how = spark.mask_grid(*size), describe(spark, size)
+        how = describe(spark, size)
     about = [*data.notes, str(images)]
-    accelerator.print("\n".join(about + how))
-
     untrained, before = copy.deepcopy(spark.backbone), 0.0
     optimizer = make_optimizer(spark, settings)
-    loader, to_pixels = images.train(settings.crop_scale, accelerator)
+    loader, to_pixels = images.train(
+        settings.crop_scale, accelerator, interpolation=settings.loader_op or "bicubic"
+    )
     plan = Plan.of(loader.batch_sampler, settings)
+    plan, curriculum, lines = follow(settings, plan, loader, size, multiple=spark.mask_cell)
+    how += lines
+    accelerator.print("\n".join(about + how))
+    with user_errors(ValueError):
+        for side in curriculum.shapes() if curriculum else [size]:
+            sample_mask(1, spark.mask_grid(*side), settings.mask_ratio)
     if accelerator.is_main_process:
         before = held_out_loss(judge(spark, images), images, settings.probe_images)
         print(f"held-out masked loss before training: {before:.4f}")
@@ -108,11 +115,17 @@ def train(settings: SparkSettings, data: Data) -> None:
 
     def forward(model: nn.Module, batch: Any, generator: torch.Generator) -> Output:
         pixels = to_pixels(batch[0])
+        if curriculum is not None:
+            pixels = curriculum(pixels)  # here already, for the mask to fit
+        grid = spark.mask_grid(*pixels.shape[-2:])
         mask = sample_mask(len(pixels), grid, settings.mask_ratio, generator)
         output: Output = model(pixels, mask=mask.to(pixels.device))
         return output
 
-    with attach(spark, optimizer, total_steps=plan.total) as callbacks:
+    with user_errors(AttachError):
+        observers = [] if curriculum is None else [curriculum]
+        callbacks = attach(spark, optimizer, *observers, total_steps=plan.total)
+    with callbacks:
         fit(accelerator, spark, optimizer, loader, forward, plan, settings, run, callbacks)
     if not leave_group(accelerator):
         return

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from leaven.backbones import layer_groups, resolve
-from leaven.callbacks import EMA, attach
+from leaven.callbacks import EMA, AttachError, attach
 from leaven.pretext import Output, Supervised
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
+from leaven.recipes.common.curriculum import CurriculumSettings, follow
 from leaven.recipes.common.data import Data
 from leaven.recipes.common.dry_run import dry_run
 from leaven.recipes.common.few_labels import keep_few
@@ -28,12 +29,12 @@ from leaven.recipes.common.optimizer import layer_scales, make_optimizer
 from leaven.recipes.common.plots import loss_curve
 from leaven.recipes.common.policies import mixing
 from leaven.recipes.common.schedule import Plan
-from leaven.recipes.common.start import LoopSettings, leave_group, read_settings, start, synchronised
+from leaven.recipes.common.start import leave_group, read_settings, start, synchronised
 from leaven.recipes.common.validation import Validation
 
 
 @dataclass
-class TrainSettings(LoopSettings):
+class TrainSettings(CurriculumSettings):
     """Supervised training and fine-tuning. Defaults suit small data; see --preset."""
 
     epochs: int = 20
@@ -56,10 +57,13 @@ class TrainSettings(LoopSettings):
     eval_every: int = flag(1, "epochs between measurements on the held-out images")
     crop_pct: float = flag(0.95, "share of the resized held-out image that the centre crop keeps, per side")
 
-    FREE = LoopSettings.FREE | {"eval_every", "crop_pct"}
+    FREE = CurriculumSettings.FREE | {"eval_every", "crop_pct"}
+    CALLBACKS = ("efficienttrain", "ema")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "ema" in self.callbacks and self.model_ema_decay is None:
+            self.model_ema_decay = 0.9999
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -138,8 +142,6 @@ def train(settings: TrainSettings, data: Data) -> None:
         f"learns at {settings.layer_decay ** max(depths.values()):.3g} of the learning rate",
     ]
     about = [*data.notes, str(images)]
-    accelerator.print("\n".join(about + how))
-
     optimizer = make_optimizer(objective, settings, layer_scales(depths, settings.layer_decay, "backbone."))
     loader, to_pixels = images.train(
         settings.crop_scale,
@@ -148,8 +150,12 @@ def train(settings: TrainSettings, data: Data) -> None:
         aa=settings.aa,
         reprob=settings.reprob,
         repeats=settings.aug_repeats,
+        interpolation=settings.loader_op or "bicubic",
     )
     plan = Plan.of(loader.batch_sampler, settings)
+    plan, curriculum, lines = follow(settings, plan, loader, size, multiple=16)
+    how += lines
+    accelerator.print("\n".join(about + how))
     share = accelerator.process_index, accelerator.num_processes
     held_out = images.whole(data.val, len(data.val), crop_pct=settings.crop_pct, share=share)
     validation = Validation(held_out, settings.eval_every * plan.updates_per_epoch, accelerator, ema)
@@ -162,8 +168,10 @@ def train(settings: TrainSettings, data: Data) -> None:
         output: Output = model(pixels, targets)
         return output
 
-    observers = [validation] if ema is None else [ema, validation]
-    with attach(objective, optimizer, *observers, total_steps=plan.total) as callbacks:
+    observers = [each for each in (curriculum, ema, validation) if each is not None]
+    with user_errors(AttachError):
+        callbacks = attach(objective, optimizer, *observers, total_steps=plan.total)
+    with callbacks:
         fit(accelerator, objective, optimizer, loader, forward, plan, settings, run, callbacks)
     if not leave_group(accelerator):
         return

@@ -1,6 +1,6 @@
 """Crop, mirror and normalise: per sample, on uint8, antialiased, with parameters drawn by key.
 
-`train_transform` and `eval_transform` run in the loader's workers. `DeviceAugment` draws the same boxes
+`TrainTransform` and `eval_transform` run in the loader's workers. `DeviceAugment` draws the same boxes
 in the workers and cuts them out on the device, for when a GPU waits for its loader.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -68,17 +69,8 @@ def random_box(key: Key, stored: Size, size: Size, scale: Range, ratio: Range, h
     return Box((height - h) // 2, (width - w) // 2, h, w, flip)
 
 
-def train_transform(
-    size: Size,
-    scale: Range,
-    hflip: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-    ratio: Range = (3 / 4, 4 / 3),
-    interpolation: str = "bicubic",
-    aa: Policy = "none",
-    reprob: float = 0.0,
-) -> Transform:
+@dataclass(frozen=True)
+class TrainTransform:
     """Random resized crop, mirror, automatic augmentation, normalise, erase: uint8 (C, H, W) -> float (C, h, w).
 
     See `random_box`, `auto_augment` (the only one to read the key's strength) and `random_erasing`.
@@ -93,44 +85,38 @@ def train_transform(
         aa: automatic augmentation.
         reprob: probability of erasing a rectangle.
     """
-    return partial(
-        _train,
-        size=size,
-        scale=scale,
-        hflip=hflip,
-        mean=mean,
-        std=std,
-        ratio=ratio,
-        interpolation=interpolation,
-        aa=aa,
-        reprob=reprob,
-    )
 
+    size: Size
+    scale: Range
+    hflip: float
+    mean: Sequence[float]
+    std: Sequence[float]
+    ratio: Range = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
+    aa: Policy = "none"
+    reprob: float = 0.0
 
-def _train(
-    image: Tensor,
-    key: Key,
-    *,
-    size: Size,
-    scale: Range,
-    hflip: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-    ratio: Range,
-    interpolation: str,
-    aa: Policy,
-    reprob: float,
-) -> Tensor:
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional as F
+    def __call__(self, image: Tensor, key: Key) -> Tensor:
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional as F
 
-    size = key.size or size
-    *box, flip = random_box(key, _size_of(image), size, scale, ratio, hflip)
-    image = F.resized_crop(
-        image, *box, list(size), interpolation=InterpolationMode(interpolation), antialias=True
-    )
-    image = auto_augment(F.horizontal_flip(image) if flip else image, key, aa)
-    return random_erasing(normalise(image, mean, std), key, reprob)
+        size = key.size or self.size
+        *box, flip = random_box(key, _size_of(image), size, self.scale, self.ratio, self.hflip)
+        mode = InterpolationMode(self.interpolation)
+        image = F.resized_crop(image, *box, list(size), interpolation=mode, antialias=True)
+        image = auto_augment(F.horizontal_flip(image) if flip else image, key, self.aa)
+        return random_erasing(normalise(image, self.mean, self.std), key, self.reprob)
+
+    def reduction(self, stored: Size, key: Key) -> int:
+        """By how much the image may be smaller than `stored` (H, W) and still fill the output: 1, 2, 4 or 8.
+
+        Only where a curriculum asks for a size: a JPEG is then decoded in less time, and other images look as ever.
+        """
+        if key.size is None:
+            return 1
+        box = random_box(key, stored, key.size, self.scale, self.ratio, self.hflip)
+        room = min(box.height / key.size[0], box.width / key.size[1])
+        return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, room))
 
 
 def eval_transform(
@@ -187,7 +173,7 @@ def _size_of(image: Tensor) -> Size:
 
 
 class DeviceAugment:
-    """Random resized crop, mirror and normalise on the device, of the boxes that `train_transform` would cut.
+    """Random resized crop, mirror and normalise on the device, of the boxes that `TrainTransform` would cut.
 
     `draw` is the dataset's transform: it leaves an image as it is stored, or resized as a whole to
     `stored`, and adds its box. The batch's first part is then a pair, which this object turns into
@@ -203,7 +189,7 @@ class DeviceAugment:
     antialiasing filter comes first.
 
     Args:
-        size, scale, hflip, mean, std, ratio, interpolation: as in `train_transform`.
+        size, scale, hflip, mean, std, ratio, interpolation: as in `TrainTransform`.
         stored: (H, W) to which the workers resize whole images, so that images of several sizes can be
             stacked; None: the images all have one size.
     """

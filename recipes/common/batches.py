@@ -12,8 +12,9 @@ from accelerate import Accelerator, PartialState
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from leaven.recipes.common.augment import DeviceAugment, eval_transform, train_transform
+from leaven.recipes.common.augment import DeviceAugment, TrainTransform, Transform, eval_transform
 from leaven.recipes.common.data import Data, KeyedDataset, KeyedLoader, make_loader, open_data
+from leaven.recipes.common.decode import Reduction
 from leaven.recipes.common.few_labels import hold_out, labels_of
 from leaven.recipes.common.flags import CommonSettings, ImageSettings, UserError
 from leaven.recipes.common.policies import Policy
@@ -158,8 +159,9 @@ class Images:
         aa: Policy = "none",
         reprob: float = 0.0,
         repeats: int = 1,
+        interpolation: str = "bicubic",
     ) -> tuple[KeyedLoader, Callable[[Any], Tensor]]:
-        """Random resized crops (bicubic), flips and what else `train_transform` can, for this process.
+        """Random resized crops, flips and what else `TrainTransform` can, for this process.
 
         Returns:
             The loader, and what makes images (B, C, H, W) of the first part of its batches: with
@@ -180,8 +182,12 @@ class Images:
                 raise UserError("--augment-on device crops and flips only; leave --aa and --reprob out")
             # Whole images are stacked: a fifth more than the output keeps the pixels of most crops.
             stored = (self.size[0] * 6 // 5, self.size[1] * 6 // 5)
-            augment = DeviceAugment(self.size, scale, hflip, self.mean, self.std, stored=stored)
-        transform = train_transform(self.size, scale, hflip, self.mean, self.std, aa=aa, reprob=reprob)
+            augment = DeviceAugment(
+                self.size, scale, hflip, self.mean, self.std, interpolation=interpolation, stored=stored
+            )
+        transform: Transform = TrainTransform(
+            self.size, scale, hflip, self.mean, self.std, interpolation=interpolation, aa=aa, reprob=reprob
+        )
         if augment is not None:
             transform = augment.draw
         dataset = KeyedDataset(self.data.train, transform)
@@ -235,8 +241,8 @@ class Part:
         """All labels (n,), without reading the images."""
         return labels_of(self.source)[[self._at(index) for index in range(len(self))]]
 
-    def image(self, index: int) -> Tensor:
-        return self.source.image(self._at(index))
+    def image(self, index: int, reduction: Reduction | None = None) -> Tensor:
+        return self.source.image(self._at(index), reduction)
 
     def label(self, index: int) -> int | None:
         return self.source.label(self._at(index))

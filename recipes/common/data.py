@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,11 @@ class KeyedDataset(Dataset[tuple[Any, int]]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> tuple[Any, int]:
-        image, label = self.source.image(key.index), self.source.label(key.index)
+        smaller = getattr(
+            self.transform, "reduction", None
+        )  # of those that know how much of an image they need
+        reduction = None if smaller is None else partial(smaller, key=key)
+        image, label = self.source.image(key.index, reduction), self.source.label(key.index)
         return self.transform(image, key), -1 if label is None else label
 
 

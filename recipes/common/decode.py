@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,12 +32,18 @@ _DAMAGED = (
 )
 
 
+# Given the (H, W) of an image as it is stored: by how much (1, 2, 4, 8) it may come smaller, if that saves time.
+Reduction = Callable[[tuple[int, int]], int]
+
+_ORIENTATION = 0x0112  # EXIF's tag; from 5 on, rows and columns change places
+
+
 class BadImage(Exception):
     """A file that is no readable image; the message says why, the path is the caller's to add."""
 
 
-def read_image(path: str, in_chans: int = 3) -> Tensor:
-    """Read one file: uint8 (in_chans, H, W).
+def read_image(path: str, in_chans: int = 3, reduction: Reduction | None = None) -> Tensor:
+    """Read one file: uint8 (in_chans, H, W); see `decode`.
 
     Raises:
         BadImage: missing, unreadable, not an image, truncated.
@@ -46,10 +53,10 @@ def read_image(path: str, in_chans: int = 3) -> Tensor:
             data = file.read()
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from None
-    return decode(data, in_chans)
+    return decode(data, in_chans, reduction)
 
 
-def decode(data: bytes, in_chans: int = 3) -> Tensor:
+def decode(data: bytes, in_chans: int = 3, reduction: Reduction | None = None) -> Tensor:
     """Decode an image file's bytes: uint8 (in_chans, H, W).
 
     By Pillow: it knows every kind of file named above, and torchvision's own decoders are deprecated.
@@ -57,6 +64,8 @@ def decode(data: bytes, in_chans: int = 3) -> Tensor:
     Args:
         data: the file.
         in_chans: 1 for grey, 3 for RGB.
+        reduction: how much smaller a JPEG may come: its decoder then leaves the highest frequencies out, which takes
+            less time than to decode and shrink.
 
     Raises:
         BadImage: not an image, truncated, or pixels without a defined range.
@@ -67,11 +76,21 @@ def decode(data: bytes, in_chans: int = 3) -> Tensor:
         raise BadImage("empty file")
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if reduction is not None and image.format == "JPEG":
+                _draft(image, reduction)
             return to_uint8(image, in_chans)
     except UnidentifiedImageError:
         raise BadImage("not an image") from None
     except (*_DAMAGED, Image.DecompressionBombError) as error:
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _draft(image: Image, reduction: Reduction) -> None:
+    width, height = image.size
+    turned = image.getexif().get(_ORIENTATION, 1) >= 5
+    factor = reduction((width, height) if turned else (height, width))
+    if factor > 1:
+        image.draft(image.mode, (width // factor, height // factor))
 
 
 def to_uint8(image: Image, in_chans: int) -> Tensor:

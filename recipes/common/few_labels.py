@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leaven.recipes.common.data import Data
+from leaven.recipes.common.decode import Reduction
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.sampler import permutation
 from leaven.recipes.common.sources import Source
@@ -129,8 +130,8 @@ class Subset:
     def labels(self) -> NDArray[np.int64]:
         return labels_of(self.source)[self.indices]
 
-    def image(self, index: int) -> Tensor:
-        return self.source.image(int(self.indices[index]))
+    def image(self, index: int, reduction: Reduction | None = None) -> Tensor:
+        return self.source.image(int(self.indices[index]), reduction)
 
     def label(self, index: int) -> int | None:
         return self.source.label(int(self.indices[index]))

@@ -121,9 +121,10 @@ def _update(
     """One optimizer update: its row of the log and the signal to stop for (0: none), the same everywhere."""
     accelerator, plan, settings = training.accelerator, training.plan, training.settings
     started = time.perf_counter()
-    lr = learning_rate(update, plan, settings.lr, shape=settings.sched)
+    position = plan.position(update)
+    lr = learning_rate(position, plan, settings.lr, shape=settings.sched)
     end = settings.weight_decay if settings.weight_decay_end is None else settings.weight_decay_end
-    decay = weight_decay(update, plan, settings.weight_decay, end)
+    decay = weight_decay(position, plan, settings.weight_decay, end)
     set_schedule(training.optimizer, lr, decay)
     stepper.zero_grad()
     tensors, images, waited = _gradients(training, model, batches, forward, update)
@@ -163,15 +164,18 @@ def _gradients(
     accelerator, plan, settings = training.accelerator, training.plan, training.settings
     logs: list[dict[str, Tensor]] = []
     images, waited = 0, 0.0
-    for micro in range(plan.accumulation):
+    micro_steps, process = plan.micro_steps(update), accelerator.process_index
+    for micro in range(micro_steps):
         asked = time.perf_counter()
-        batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        replay = keyed_generator(settings.seed, update, micro, f"replay {process}")
+        batch = plan.extend(next(batches), update, replay)
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
         waited += time.perf_counter() - asked
-        generator = keyed_generator(settings.seed, update, micro, f"process {accelerator.process_index}")
-        last = micro == plan.accumulation - 1
+        generator = keyed_generator(settings.seed, update, micro, f"process {process}")
+        last = micro == micro_steps - 1
         with nullcontext() if last else accelerator.no_sync(model):
             output = forward(model, batch, generator)
-            accelerator.backward(output.loss / plan.accumulation)
+            accelerator.backward(output.loss / micro_steps)
         values = {"loss": output.loss, **output.logs}
         logs.append(
             {k: torch.as_tensor(v).detach().float().to(accelerator.device) for k, v in values.items()}

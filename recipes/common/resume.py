@@ -103,7 +103,6 @@ class Training:
             update = round(update / state["updates_per_epoch"] * self.plan.updates_per_epoch)
             self.sampler.epoch, within = divmod(update, self.plan.updates_per_epoch)
             self.sampler.position = within * self.plan.accumulation
-            self.sampler.epoch_start = self.sampler.epoch * len(self.sampler)
             if self.callbacks is not None:
                 self.callbacks.progress.step = update
         self.accelerator.print(f"resumed from {path}: {update} of {self.plan.total} updates done")

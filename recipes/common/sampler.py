@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,7 +85,7 @@ class KeyedBatchSampler(Sampler[list[Key]]):
 
     `batch_size`, `size` and `strength` may be set between epochs. Set within an epoch they would reach
     the batches after those already prefetched; a `schedule` has no such lag: it is asked for a batch's
-    looks, by its number since the start of training, when the batch's keys are made.
+    looks, by epoch and place in it, when the batch's keys are made.
 
     Args:
         n: samples in the data set.
@@ -97,7 +96,8 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         size, strength: put into every key.
         shuffle: False keeps the data set's own order (evaluation).
         drop_last: True for training.
-        schedule: batch number -> `BatchSpec`, in place of `batch_size`, `size` and `strength`.
+        schedule: (epoch, samples of it that this rank has taken) -> `BatchSpec`, in place of `batch_size`, `size` and
+            `strength`.
         repeats: repeated augmentation (Hoffer et al., 2020; Berman et al., 2019): an epoch has as many samples, of
             a `repeats`-th of the images, each that often with other draws; on several ranks the copies fall to
             different ones.
@@ -120,28 +120,19 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         strength: float = 1.0,
         shuffle: bool = True,
         drop_last: bool = True,
-        schedule: Callable[[int], BatchSpec] | None = None,
+        schedule: Callable[[int, int], BatchSpec] | None = None,
         repeats: int = 1,
     ) -> None:
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.size, self.strength, self.schedule = size, strength, schedule
         self.shuffle, self.drop_last, self.repeats = shuffle, drop_last, repeats
-        self.epoch, self.position = 0, 0
-        self.epoch_start = 0  # number of this epoch's first batch, since the start of training
+        self.epoch, self.position = epoch, position
         if len(self) == 0:
             raise UserError(
                 f"{n} images do not fill one batch of {batch_size} on each of {world_size} process(es); "
                 "lower --batch-size"
             )
-        while self.epoch < epoch:
-            self.next_epoch()
-        self.position = position
-
-    @property
-    def batch(self) -> int:
-        """Batches taken since the start of training."""
-        return self.epoch_start + self.position
 
     @property
     def samples_per_rank(self) -> int:
@@ -151,10 +142,10 @@ class KeyedBatchSampler(Sampler[list[Key]]):
     def _slices(self) -> Iterator[tuple[int, int, BatchSpec]]:
         """First and last + 1 sample of every batch of this epoch, and what the batch looks like."""
         taken, total = 0, self.samples_per_rank
-        for batch in count(self.epoch_start):
+        while True:
             spec = BatchSpec(self.batch_size, self.size, self.strength)
             if self.schedule is not None:
-                spec = self.schedule(batch)
+                spec = self.schedule(self.epoch, taken)
             stop = taken + spec.batch_size
             if taken >= total or (self.drop_last and stop > total):
                 return
@@ -186,13 +177,12 @@ class KeyedBatchSampler(Sampler[list[Key]]):
 
     def next_epoch(self) -> None:
         """Go to the start of the next epoch."""
-        self.epoch_start += len(self)
         self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler stands, and what its order depends on."""
         fixed = {name: getattr(self, name) for name in ("n", "batch_size", "seed", "world_size")}
-        return fixed | {"epoch": self.epoch, "position": self.position, "epoch_start": self.epoch_start}
+        return fixed | {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Go where `state` says.
@@ -210,9 +200,7 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         if changed and strict:
             changes = ", ".join(f"{labels[k]} {state[k]} -> {getattr(self, k)}" for k in changed)
             raise UserError(f"cannot resume exactly: {changes}; go back to the old values")
-        self.epoch, self.position, self.epoch_start = state["epoch"], state["position"], state["epoch_start"]
+        self.epoch, self.position = state["epoch"], state["position"]
         if changed:
             share = state["position"] * state["batch_size"] * state["world_size"] / state["n"]
             self.position = min(len(self), round(share * self.n / (self.batch_size * self.world_size)))
-            if self.schedule is None:
-                self.epoch_start = self.epoch * len(self)

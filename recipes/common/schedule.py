@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from leaven.recipes.common.flags import CommonSettings, UserError
@@ -53,6 +55,20 @@ class Plan:
         """Updates of warm-up, fewer than the whole run has."""
         return min(round(self.warmup_epochs * self.updates_per_epoch), self.total - 1)
 
+    # What a curriculum changes, see `leaven.recipes.common.curriculum`.
+
+    def micro_steps(self, update: int) -> int:
+        """Batches of this update."""
+        return self.accumulation
+
+    def position(self, update: int) -> float:
+        """Where, in updates, the learning rate and the weight decay stand."""
+        return update
+
+    def extend(self, batch: Any, update: int, generator: torch.Generator) -> Any:
+        """What is trained on when this is what the loader gave."""
+        return batch
+
 
 def cosine(start: float, end: float, fraction: float) -> float:
     """Half a cosine from ``start`` (at fraction 0) to ``end`` (at 1)."""
@@ -60,14 +76,14 @@ def cosine(start: float, end: float, fraction: float) -> float:
 
 
 def learning_rate(
-    update: int, plan: Plan, peak: float, *, shape: str = "cosine", start: float = 0.005, end: float = 0.001
+    update: float, plan: Plan, peak: float, *, shape: str = "cosine", start: float = 0.005, end: float = 0.001
 ) -> float:
     """Linear warm-up from ``start * peak`` to ``peak``, then a cosine to ``end * peak`` at the last update.
 
     The defaults are SparK's (keyu-tian/SparK, which steps it per iteration as well).
 
     Args:
-        update: 0 for the first.
+        update: 0 for the first; see `Plan.position`.
         plan: length of the run and its warm-up.
         peak: the highest learning rate.
         shape: "cosine", or "constant" to stay at the peak after the warm-up.
@@ -80,7 +96,7 @@ def learning_rate(
     return cosine(peak, end * peak, (update - plan.warmup) / max(1, plan.total - 1 - plan.warmup))
 
 
-def weight_decay(update: int, plan: Plan, start: float, end: float) -> float:
+def weight_decay(update: float, plan: Plan, start: float, end: float) -> float:
     """A cosine from ``start`` to ``end`` over all updates, warm-up included."""
     return cosine(start, end, update / max(1, plan.total - 1))
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leaven.recipes.common.decode import BadImage, read_image
+from leaven.recipes.common.decode import BadImage, Reduction, read_image
 from leaven.recipes.common.flags import UserError
 
 NAMED = 5  # unreadable images that are named one by one
@@ -39,7 +39,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int) -> Tensor:
+    def image(self, index: int, reduction: Reduction | None = None) -> Tensor:
         """Image `index`, uint8 (C, H, W)."""
         ...
 
@@ -63,7 +63,7 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.images)
 
-    def image(self, index: int) -> Tensor:
+    def image(self, index: int, reduction: Reduction | None = None) -> Tensor:
         return self.images[index]
 
     def label(self, index: int) -> int | None:
@@ -94,7 +94,7 @@ class TolerantSource:
     def __len__(self) -> int:
         return len(self._status)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, reduction: Reduction | None = None) -> Tensor:
         """Image `index` itself, uint8 (C, H, W), or `BadImage`."""
         raise NotImplementedError
 
@@ -102,13 +102,13 @@ class TolerantSource:
         """What to call image `index` in a message."""
         raise NotImplementedError
 
-    def image(self, index: int) -> Tensor:
+    def image(self, index: int, reduction: Reduction | None = None) -> Tensor:
         """The first readable image from `index` on, uint8 (C, H, W).
 
         Raises:
             TooManyBadImages: more than `max_bad_images` were found unreadable.
         """
-        return self._first_readable(index)[1]
+        return self._first_readable(index, reduction)[1]
 
     def label(self, index: int) -> int | None:
         """The class of `image(index)`, None where there is none."""
@@ -117,12 +117,12 @@ class TolerantSource:
         known_good = self._status[index] == self._GOOD
         return int(self.labels[index if known_good else self._first_readable(index)[0]])
 
-    def _first_readable(self, index: int) -> tuple[int, Tensor]:
+    def _first_readable(self, index: int, reduction: Reduction | None = None) -> tuple[int, Tensor]:
         status = self._status.numpy()
         while True:
             if status[index] != self._BAD:
                 try:
-                    image = self.read(index)
+                    image = self.read(index, reduction)
                 except BadImage:
                     status[index] = self._BAD
                     if self.bad_count > self.max_bad_images or self.bad_count == len(self):
@@ -213,8 +213,8 @@ class FileSource(TolerantSource):
         """Where image `index` lies."""
         return os.fsdecode(os.path.join(self.root, bytes(self.paths[index])))
 
-    def read(self, index: int) -> Tensor:
-        return read_image(self.path(index), self.in_chans)
+    def read(self, index: int, reduction: Reduction | None = None) -> Tensor:
+        return read_image(self.path(index), self.in_chans, reduction)
 
     def name(self, index: int) -> str:
         return show_path(self.path(index))

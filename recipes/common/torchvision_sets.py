@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from leaven.recipes.common.decode import BadImage, to_uint8
+from leaven.recipes.common.decode import BadImage, Reduction, to_uint8
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.sources import TolerantSource, show_path
 
@@ -30,7 +30,7 @@ class TorchvisionSource(TolerantSource):
         super().__init__(len(dataset), _labels(dataset), max_bad_images)
         self.dataset, self.in_chans, self._name = dataset, in_chans, name
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, reduction: Reduction | None = None) -> Tensor:
         try:
             return to_uint8(self.dataset[index][0], self.in_chans)
         except (OSError, SyntaxError, ValueError) as error:

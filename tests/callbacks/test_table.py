@@ -39,6 +39,7 @@ from torch.optim import SGD, AdamW
 
 from leaven.callbacks import EMA, Attached, Callback, KNNProbe, NoEffectWarning, attach, updates
 from leaven.callbacks.core import AttachError
+from leaven.curricula import EfficientTrain, Schedule, Stage
 
 pytestmark = pytest.mark.filterwarnings("error::leaven.callbacks.NoEffectWarning")
 
@@ -51,9 +52,12 @@ class Row:
     surgery: bool = False
 
 
+# Of 8 updates, 3 are on small images.
+SMALL_THEN_WHOLE = Schedule((Stage(0.3, 8), Stage(1.0, 16)))
 ROWS = {
     "EMA": Row(lambda: EMA(decay=0.9, warmup=True)),
     "KNNProbe": Row(lambda: KNNProbe(batch(900, 24), batch(901, 12), every=2, k=5)),
+    "EfficientTrain": Row(lambda: EfficientTrain(SMALL_THEN_WHOLE, image_size=16)),
     "ScaleInput": Row(ScaleInput),
     "InvertInput": Row(InvertInput),
     "CentreGradient": Row(CentreGradient),

@@ -15,11 +15,11 @@ from torchvision.transforms import v2
 
 from leaven.recipes.common.augment import (
     DeviceAugment,
+    TrainTransform,
     covering_size,
     eval_transform,
     normalise,
     random_box,
-    train_transform,
 )
 from leaven.recipes.common.data import KeyedDataset, make_loader
 from leaven.recipes.common.sampler import Key, KeyedBatchSampler
@@ -103,7 +103,7 @@ def test_the_coin_is_fair_and_not_tied_to_the_box(hflip):
 
 def test_train_transform_cuts_resizes_mirrors_and_normalises():
     image = noise(3, 37, 51)
-    transform = train_transform((16, 24), (0.3, 0.9), 0.5, MEAN, STD)
+    transform = TrainTransform((16, 24), (0.3, 0.9), 0.5, MEAN, STD)
     flipped = 0
     for key in keys(20):
         top, left, height, width, flip = random_box(key, (37, 51), (16, 24), (0.3, 0.9), RATIO, 0.5)
@@ -119,7 +119,7 @@ def test_train_transform_cuts_resizes_mirrors_and_normalises():
 
 def test_a_crop_of_everything_at_the_stored_size_changes_nothing():
     image = noise(3, 20, 30)
-    out = train_transform((20, 30), (1.0, 1.0), 0.0, MEAN, STD, ratio=(1.0, 1.0))(image, Key(0, 0, 0))
+    out = TrainTransform((20, 30), (1.0, 1.0), 0.0, MEAN, STD, ratio=(1.0, 1.0))(image, Key(0, 0, 0))
     torch.testing.assert_close(out, normalise(image, MEAN, STD), rtol=0, atol=0)
     assert out.dtype == torch.float32
 
@@ -129,7 +129,7 @@ def test_small_and_large_outputs_of_any_stored_size(size):
     for stored in [(8, 8), (30, 200), (200, 30), (96, 128)]:
         image = noise(3, *stored)
         for transform in (
-            train_transform(size, (0.67, 1.0), 0.5, MEAN, STD),
+            TrainTransform(size, (0.67, 1.0), 0.5, MEAN, STD),
             eval_transform(size, 0.9, MEAN, STD),
         ):
             out = transform(image, Key(0, 0, 1))
@@ -140,13 +140,13 @@ def test_small_and_large_outputs_of_any_stored_size(size):
 def test_shrinking_is_antialiased():
     """A checkerboard of single pixels, shrunk eight times, is grey."""
     board = ((torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255).to(torch.uint8).expand(3, 64, 64)
-    for transform in (train_transform((8, 8), (0.9, 1.0), 0.5, **UNIT), eval_transform((8, 8), 1.0, **UNIT)):
+    for transform in (TrainTransform((8, 8), (0.9, 1.0), 0.5, **UNIT), eval_transform((8, 8), 1.0, **UNIT)):
         assert (transform(board, Key(0, 0, 0)) - 0.5).abs().max() < 0.02
 
 
 def test_the_size_in_the_key_wins_and_the_strength_has_nothing_to_act_on():
     image = noise(3, 30, 30)
-    transform = train_transform((16, 16), (0.5, 1.0), 0.5, MEAN, STD)
+    transform = TrainTransform((16, 16), (0.5, 1.0), 0.5, MEAN, STD)
     assert transform(image, Key(0, 0, 0, (8, 12))).shape == (3, 8, 12)
     assert eval_transform((16, 16), 1.0, MEAN, STD)(image, Key(0, 0, 0, (8, 12))).shape == (3, 8, 12)
     assert torch.equal(transform(image, Key(0, 0, 0, None, 0.1)), transform(image, Key(0, 0, 0)))
@@ -186,7 +186,7 @@ def test_the_covering_size_covers_just_so_and_keeps_the_aspect(stored, size):
 def test_transforms_travel_to_spawned_workers():
     image, key = noise(3, 20, 20), Key(0, 0, 0)
     for transform in (
-        train_transform((8, 8), (0.5, 1.0), 0.5, MEAN, STD),
+        TrainTransform((8, 8), (0.5, 1.0), 0.5, MEAN, STD),
         eval_transform((8, 8), 1.0, MEAN, STD),
     ):
         copy = pickle.loads(pickle.dumps(transform))
@@ -201,7 +201,7 @@ def test_transforms_travel_to_spawned_workers():
 
 def both(images, size, scale=(0.3, 1.0), interpolation="bilinear", stored=None):
     """The same keys through the loader's transform and through the device's: two (N, 3, h, w) in [0, 1]."""
-    loader = train_transform(size, scale, 0.5, **UNIT, interpolation=interpolation)
+    loader = TrainTransform(size, scale, 0.5, **UNIT, interpolation=interpolation)
     device = DeviceAugment(size, scale, 0.5, **UNIT, interpolation=interpolation, stored=stored)
     pairs = list(zip(images, keys(len(images)), strict=True))
     drawn = [device.draw(image, key) for image, key in pairs]
@@ -249,7 +249,7 @@ def test_device_path_from_loader_to_batch():
     source = ArraySource(noise(24, 3, 16, 16), np.arange(24))
     augment = DeviceAugment((24, 24), (0.5, 1.0), 0.5, MEAN, STD)
     loader = make_loader(KeyedDataset(source, augment.draw), KeyedBatchSampler(24, 6, 1), workers=1)
-    plain = train_transform((24, 24), (0.5, 1.0), 0.5, MEAN, STD, interpolation="bicubic")
+    plain = TrainTransform((24, 24), (0.5, 1.0), 0.5, MEAN, STD, interpolation="bicubic")
     others = make_loader(KeyedDataset(source, plain), KeyedBatchSampler(24, 6, 1))
     for ((pixels, boxes), labels), (images, same) in zip(loader, others, strict=True):
         assert pixels.dtype == torch.uint8
@@ -267,7 +267,7 @@ def test_kornia_is_not_imported_on_the_loader_path():
         "from leaven.recipes.common.augment import *\n"
         "from leaven.recipes.common.data import Key, open_data\n"
         "data = open_data('digits')\n"
-        "train_transform((8, 8), (0.5, 1.0), 0.5, data.mean, data.std)(data.train.image(0), Key(0, 0, 0))\n"
+        "TrainTransform((8, 8), (0.5, 1.0), 0.5, data.mean, data.std)(data.train.image(0), Key(0, 0, 0))\n"
         "print('kornia' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leaven.recipes.common.augment import train_transform
+from leaven.recipes.common.augment import TrainTransform
 from leaven.recipes.common.loop import keyed_generator
 from leaven.recipes.common.policies import auto_augment, mixing, random_erasing
 from leaven.recipes.common.sampler import Key
@@ -77,9 +77,9 @@ def test_erasing_replaces_one_rectangle_by_normal_noise() -> None:
 def test_the_transform_puts_them_in_order() -> None:
     """Crop, flip, augment on uint8; normalise; erase, with noise of the normalised image's size."""
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
-    plain = train_transform((16, 16), (0.5, 1.0), 0.5, mean, std)
-    both = train_transform((16, 16), (0.5, 1.0), 0.5, mean, std, aa="trivial", reprob=1.0)
-    augmented = train_transform((16, 16), (0.5, 1.0), 0.5, mean, std, aa="trivial")
+    plain = TrainTransform((16, 16), (0.5, 1.0), 0.5, mean, std)
+    both = TrainTransform((16, 16), (0.5, 1.0), 0.5, mean, std, aa="trivial", reprob=1.0)
+    augmented = TrainTransform((16, 16), (0.5, 1.0), 0.5, mean, std, aa="trivial")
     key = keys(1)[0]
     assert torch.equal(both(IMAGE, key), random_erasing(augmented(IMAGE, key), key, 1.0))
     differ = [not torch.equal(plain(IMAGE, k), augmented(IMAGE, k)) for k in keys(20)]

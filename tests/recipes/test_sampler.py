@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from leaven.recipes.common.augment import train_transform
+from leaven.recipes.common.augment import TrainTransform
 from leaven.recipes.common.data import KeyedDataset, make_loader
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.sampler import (
@@ -41,7 +41,7 @@ def a_source(n=40):
 
 
 def a_dataset(n=40):
-    return KeyedDataset(a_source(n), train_transform((8, 8), (0.3, 1.0), 0.5, (0.5,) * 3, (0.25,) * 3))
+    return KeyedDataset(a_source(n), TrainTransform((8, 8), (0.3, 1.0), 0.5, (0.5,) * 3, (0.25,) * 3))
 
 
 # Keyed random numbers
@@ -155,7 +155,7 @@ def test_state_is_refused_by_another_sampler_unless_told():
     saved = KeyedBatchSampler(80, 4, 1, 0, 2, epoch=3, position=6).state_dict()
     same = KeyedBatchSampler(80, 4, 1, 1, 2)
     same.load_state_dict(saved)
-    assert (same.epoch, same.position, same.batch) == (3, 6, 36)
+    assert (same.epoch, same.position) == (3, 6)
     others = {
         "batch size 4 -> 8": KeyedBatchSampler(80, 8, 1, 0, 2),
         "processes 2 -> 1": KeyedBatchSampler(80, 4, 1),
@@ -169,7 +169,6 @@ def test_state_is_refused_by_another_sampler_unless_told():
         other.load_state_dict(saved, strict=False)
         # 48 of 80 samples of epoch 3 were seen: 0.6 of the new epoch is over.
         assert (other.epoch, other.position) == (3, round(0.6 * len(other)))
-        assert other.batch == 3 * len(other) + other.position
 
 
 # The loader
@@ -200,7 +199,7 @@ def test_streams_are_bit_equal_for_any_number_of_workers_and_after_a_resume():
     assert equal(three_epochs(1), whole)
     for workers in (0, 2):
         sampler = KeyedBatchSampler(40, 6, 11)
-        sampler.load_state_dict({**sampler.state_dict(), "epoch": 1, "position": 4, "epoch_start": 6})
+        sampler.load_state_dict({**sampler.state_dict(), "epoch": 1, "position": 4})
         loader = make_loader(a_dataset(), sampler, workers)
         assert equal([batch for _ in range(2) for batch in collect(loader)], whole[10:])
 
@@ -213,7 +212,7 @@ def test_position_counts_what_was_handed_out_not_what_was_prefetched(workers):
     batches = iter(loader)
     for taken in range(1, 4):
         next(batches)
-        assert (sampler.epoch, sampler.position, sampler.batch) == (1, taken, 10 + taken)
+        assert (sampler.epoch, sampler.position) == (1, taken)
     # Left in the middle, as a stopped run would; the same loader goes on where it was.
     batches.close()
     rest = collect(loader)
@@ -234,9 +233,9 @@ def test_nothing_is_drawn_from_the_global_generators(workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def doubling(batch):
-    """Batches of 4 at 8x8 until batch 5, then of 8 at 12x6."""
-    return BatchSpec(4, (8, 8)) if batch < 5 else BatchSpec(8, (12, 6), 0.5)
+def doubling(epoch, taken):
+    """Batches of 4 at 8x8 until half of the first epoch, then of 8 at 12x6."""
+    return BatchSpec(4, (8, 8)) if epoch == 0 and taken < 20 else BatchSpec(8, (12, 6), 0.5)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -245,13 +244,13 @@ def test_a_schedule_reaches_prefetched_batches_without_lag(workers):
     loader = make_loader(a_dataset(), sampler, workers)
     shapes = [tuple(images.shape) for images, _ in collect(loader)]
     assert shapes == [(4, 3, 8, 8)] * 5 + [(8, 3, 12, 6)] * 2  # 20 + 16 of 40
-    assert (sampler.epoch, sampler.batch) == (1, 7)
+    assert (sampler.epoch, sampler.position) == (1, 0)
     assert len(sampler) == 5
-    state = sampler.state_dict() | {"epoch": 0, "position": 5, "epoch_start": 0}
+    state = sampler.state_dict() | {"epoch": 0, "position": 5}
     resumed = KeyedBatchSampler(40, 4, 2, schedule=doubling)
     resumed.load_state_dict(state)
     assert list(resumed) == list(KeyedBatchSampler(40, 4, 2, schedule=doubling))[5:]
-    # The epoch that follows starts at batch 7, whoever gets there.
+    # The epoch that follows goes on with it, whoever gets there.
     assert list(KeyedBatchSampler(40, 4, 2, epoch=1, schedule=doubling)) == list(sampler)
 
 

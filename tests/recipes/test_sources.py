@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from leaven.recipes.common.augment import train_transform
+from leaven.recipes.common.augment import TrainTransform
 from leaven.recipes.common.data import KeyedDataset, make_loader, open_data, suggested_size
 from leaven.recipes.common.decode import BadImage, decode, read_image
 from leaven.recipes.common.flags import UserError
@@ -473,7 +473,7 @@ def test_streams_with_broken_images_are_bit_equal_for_any_workers_and_after_a_re
     def stream(workers, epoch=0, position=0):
         source = with_broken(tmp_path, 24, [4, 9, 23])
         loader = make_loader(
-            KeyedDataset(source, train_transform((8, 8), (0.5, 1.0), 0.5, (0.5,) * 3, (0.2,) * 3)),
+            KeyedDataset(source, TrainTransform((8, 8), (0.5, 1.0), 0.5, (0.5,) * 3, (0.2,) * 3)),
             KeyedBatchSampler(24, 4, 1, epoch=epoch, position=position),
             workers,
         )
@@ -661,7 +661,7 @@ def test_suggested_size(shape, size):
 def test_photos_from_folder_to_batch(tmp_path, leaven_data):
     data = open_data(str(leaven_data / "imagenette224-mini"))
     assert (len(data.train), len(data.val), len(data.classes), data.image_size) == (1500, 500, 10, (224, 224))
-    transform = train_transform((96, 128), (0.67, 1.0), 0.5, data.mean, data.std)
+    transform = TrainTransform((96, 128), (0.67, 1.0), 0.5, data.mean, data.std)
     loader = make_loader(KeyedDataset(data.train, transform), KeyedBatchSampler(1500, 32), workers=2)
     images, labels = next(iter(loader))
     assert images.shape == (32, 3, 96, 128)

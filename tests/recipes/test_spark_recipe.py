@@ -163,6 +163,27 @@ def test_a_flat_folder_without_labels_and_images_that_are_not_square(
     assert (folder / "backbone.safetensors").exists()
 
 
+def test_too_few_labels_to_learn_from_are_said(spark: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = spark("out", "--probe-images", "1")
+    said = capsys.readouterr().out
+    assert "kNN and linear probe are skipped: 1 labelled training images of 1 classes are too few" in said
+    assert {"backbone.safetensors", "README.md"} <= {path.name for path in folder.iterdir()}
+
+
+def test_weights_are_saved_before_anything_judges_them(
+    recipe: Recipe, spark: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe(SPARK)
+
+    def fails(*_: object) -> None:
+        raise UserError("features contain NaN")
+
+    monkeypatch.setattr(module, "probe", fails)
+    with pytest.raises(UserError, match="NaN"):
+        module.main([*SMALL, *SHORT, "--output-dir", "out"])
+    assert Path("out/backbone.safetensors").exists()
+
+
 def test_a_few_broken_images_are_named_and_skipped(spark: Main, tmp_path: Path) -> None:
     data = photos(tmp_path / "photos", 40)
     (data / "007.jpg").write_bytes(b"not a picture")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from leaven.callbacks import EMA, attach
 from leaven.pretext import Output
-from leaven.recipes.common.augment import train_transform
+from leaven.recipes.common.augment import TrainTransform
 from leaven.recipes.common.data import KeyedDataset, make_loader, open_data
 from leaven.recipes.common.flags import flag, run_main
 from leaven.recipes.common.loop import fit
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = read_settings(TinySettings, argv)
     accelerator, run, settings = start(settings, "tiny")
     data = open_data(settings.data, seed=settings.seed)
-    transform = train_transform((16, 16), (0.67, 1.0), 0.5, data.mean, data.std)
+    transform = TrainTransform((16, 16), (0.67, 1.0), 0.5, data.mean, data.std)
     sampler = KeyedBatchSampler(
         len(data.train),
         settings.batch_size,
