@@ -17,21 +17,15 @@ fresh weights and all draws, so differences are paired.
 import argparse
 import json
 import os
+import shlex
 import statistics
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
+from ledger import RESULTS, Ledger, Run, data_sets, execute, interval95, summary
 from timing import machine
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 LEDGER = RESULTS / "spark_evidence_runs.jsonl"
 NETS = ("convnext_atto", "resnet10t")
 SETS = ("photos", "cifar")
@@ -40,55 +34,21 @@ SEEDS = (0, 1, 2)
 RATES = ("5e-4", "1.5e-3", "4e-3")
 TUNE = 100  # the seed of everything that settings are chosen by
 SPLIT = ("--val-from-train", "20%")
-COMMON = [
-    "--image-size",
-    "64",
-    "--batch-size",
-    "64",
-    "--workers",
-    "0",
-    "--mixed-precision",
-    "bf16",
-    "--weight-decay",
-    "0.05",
-]
-PRETRAIN = [
-    "--stages",
-    "4,8,16",
-    "--decoder-width",
-    "64",
-    "--lr",
-    "2e-3",
-    "--weight-decay-end",
-    "none",
-    "--warmup-epochs",
-    "2",
-    "--crop-scale",
-    "0.67,1",
-    "--save-every",
-    "10",
-    "--probe-images",
-    "200",
-]
+COMMON = shlex.split("--image-size 64 --batch-size 64 --workers 0 --mixed-precision bf16 --weight-decay 0.05")
+PRETRAIN = shlex.split(
+    "--stages 4,8,16 --decoder-width 64 --lr 2e-3 --weight-decay-end none --warmup-epochs 2 "
+    "--crop-scale 0.67,1 --save-every 10 --probe-images 200"
+)
 VARIANTS = {"ratio75": ("--mask-ratio", "0.75"), "width128": ("--decoder-width", "128")}
 EPOCHS = {"photos": 40, "cifar": 6}  # 60,000 images
 IMAGES = {"photos": 1500, "cifar": 10000}
 CROP = {"photos": "0.35,1", "cifar": "0.5,1"}
-FINETUNE = ["--smoothing", "0.1", "--save-every", "100", "--crop-pct", "1.0"]
+FINETUNE = shlex.split("--smoothing 0.1 --save-every 100 --crop-pct 1.0")
 # By share of the labels: images, epochs, batch size.
 TUNING = {
     "photos": {"1%": (20, 100, 20), "10%": (150, 80, 50), "100%": (1500, 20, 50)},
     "cifar": {"1%": (100, 60, 50), "10%": (1000, 15, 50), "100%": (10000, 5, 50)},
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a recipe: its name, its command line without ``--output-dir``, and whose weights it starts from."""
-
-    name: str
-    words: tuple[str, ...]
-    start: "Run | None" = None
 
 
 def pretrain(which: str, net: str, seed: int, variant: str = "", split: tuple[str, ...] = ()) -> Run:
@@ -137,7 +97,7 @@ def tuning() -> list[list[Run]]:
     return chains + [judged(variant) for variant in VARIANTS]
 
 
-def chosen(ledger: "Ledger") -> tuple[dict[tuple[str, bool], str], str]:
+def chosen(ledger: Ledger) -> tuple[dict[tuple[str, bool], str], str]:
     """The best learning rate of each network and arm, and the best pre-training, on the tuning split."""
     rates = {}
     for net in NETS:
@@ -148,7 +108,7 @@ def chosen(ledger: "Ledger") -> tuple[dict[tuple[str, bool], str], str]:
     return rates, max(means, key=lambda variant: means[variant])
 
 
-def arms(which: str, net: str, seed: int, labels: str, ledger: "Ledger") -> dict[str, Run]:
+def arms(which: str, net: str, seed: int, labels: str, ledger: Ledger) -> dict[str, Run]:
     """The three runs that are compared, by the name of the arm."""
     rates, variant = chosen(ledger)
     start = pretrain(which, net, seed, variant)
@@ -162,73 +122,12 @@ def arms(which: str, net: str, seed: int, labels: str, ledger: "Ledger") -> dict
     }
 
 
-class Ledger:
-    """The finished runs, a line each, by name."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, Lock()
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self.rows: dict[str, dict[str, Any]] = {row["name"]: row for row in map(json.loads, lines)}
-
-    def top1(self, run: Run) -> float:
-        score: float = self.rows[run.name]["top1"]
-        return score
-
-    def add(self, run: Run, folder: Path) -> None:
-        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        row = {"name": run.name, "command": " ".join(run.words)}
-        if run.start is not None:
-            row["start"] = run.start.name
-        row |= {"updates": len(log), "seconds": round(sum(each["step_s"] for each in log), 1)}
-        row |= {"loss": round(statistics.mean(each["loss"] for each in log[-20:]), 4)}
-        if "val_top1" in log[-1]:
-            row["top1"] = round(log[-1]["val_top1"], 5)
-        with self.lock, self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            self.rows[run.name] = row
-
-
-def execute(chains: list[list[Run]], data: dict[str, str], work: Path, jobs: int, ledger: Ledger) -> None:
-    """Do what is not in the ledger, chain by chain; the runs of a chain one after another."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-
-    def one(run: Run) -> None:
-        folder = work / run.name
-        words = [data.get(word, word) for word in run.words]
-        if run.start is not None:
-            weights = work / run.start.name / "backbone.safetensors"
-            if not weights.is_file():
-                one(run.start)
-            words += ["--init", str(weights)]
-        command = [sys.executable, *words, "--output-dir", str(folder), "--resume", "auto"]
-        with (work / f"{run.name}.log").open("a") as log:
-            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
-        if code:
-            raise SystemExit(f"{run.name} failed ({code}): see {work / run.name}.log")
-        if run.name not in ledger.rows:
-            ledger.add(run, folder)
-        print(f"done: {run.name}", flush=True)
-
-    def chain(runs: list[Run]) -> None:
-        for run in runs:
-            if run.name not in ledger.rows:
-                one(run)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(chain, chains))
-
-
 def final(ledger: Ledger) -> Iterator[list[Run]]:
     """Everything that is compared, a chain per data set, seed and network."""
     for which in SETS:
         for seed in SEEDS:
             for net in NETS:
                 yield [run for labels in LABELS for run in arms(which, net, seed, labels, ledger).values()]
-
-
-def summary(values: list[float]) -> dict[str, Any]:
-    mean, sd = statistics.mean(values), statistics.stdev(values)
-    return {"mean": round(mean, 4), "sd": round(sd, 4), "seeds": [round(v, 4) for v in values]}
 
 
 def table(ledger: Ledger) -> dict[str, Any]:
@@ -245,7 +144,8 @@ def table(ledger: Ledger) -> dict[str, Any]:
                 row |= {arm: summary(values) for arm, values in scores.items()}
                 for arm in ("scratch", "scratch, equal total"):
                     pairs = zip(scores["spark"], scores[arm], strict=True)
-                    row[f"spark minus {arm}"] = summary([a - b for a, b in pairs])
+                    gains = [a - b for a, b in pairs]
+                    row[f"spark minus {arm}"] = summary(gains) | {"interval95": interval95(gains)}
                 row["seconds"] = {
                     arm: round(statistics.median(ledger.rows[each[arm].name]["seconds"] for each in compared))
                     for arm in compared[0]
@@ -299,10 +199,7 @@ def main() -> None:
         (RESULTS / "spark_evidence.json").write_text(json.dumps(report, indent=1) + "\n")
         print(words(report))
         return
-    work.mkdir(parents=True, exist_ok=True)
-    if not (work / "cifar10-jpeg").is_dir():
-        zipfile.ZipFile(args.data / "cifar10-jpeg" / "cifar10-jpeg-12k.zip").extractall(work)
-    data = {"photos": str((args.data / "imagenette224-mini").resolve()), "cifar": str(work / "cifar10-jpeg")}
+    data = data_sets(args.data, work)
     execute(tuning() if args.step == "tune" else list(final(ledger)), data, work, args.jobs, ledger)
 
 

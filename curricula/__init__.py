@@ -4,6 +4,7 @@ from leaven.curricula.efficient_train import EfficientTrain
 from leaven.curricula.fourier import FourierCrop, fourier_crop, fourier_matrix, fourier_pad
 from leaven.curricula.resize import resize
 from leaven.curricula.schedule import ET, ET_PP, ET_PP_DEIT, Schedule, Stage
+from leaven.curricula.search import SearchResult, Tried, compute_search, greedy_search
 
 __all__ = [
     "ET",
@@ -12,9 +13,13 @@ __all__ = [
     "EfficientTrain",
     "FourierCrop",
     "Schedule",
+    "SearchResult",
     "Stage",
+    "Tried",
+    "compute_search",
     "fourier_crop",
     "fourier_matrix",
     "fourier_pad",
+    "greedy_search",
     "resize",
 ]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from leaven.curricula import ET, ET_PP, ET_PP_DEIT, EfficientTrain, Stage
+from leaven.curricula import ET, ET_PP, ET_PP_DEIT, EfficientTrain, Schedule, Stage
 from leaven.curricula.replay import ReplayBuffer
 from leaven.recipes.common.data import KeyedLoader
 from leaven.recipes.common.flags import UserError, flag
@@ -26,7 +26,9 @@ class CurriculumSettings(LoopSettings):
     """The flags of recipes that train under callbacks."""
 
     callbacks: tuple[str, ...] = flag((), "callbacks by name, comma-separated: efficienttrain")
-    curriculum: Literal["et", "et_pp", "et_pp_deit"] = flag("et", "EfficientTrain's schedule of sizes")
+    curriculum: str = flag(
+        "et", "schedule of sizes: et, et_pp, et_pp_deit, or your own as 0.6:160,0.8:192,1:224"
+    )
     curriculum_op: Literal["fourier", "lanczos", "bicubic", "bilinear"] = flag(
         "fourier",
         "how images shrink: the first two on the device, the others in the loader, which saves it work",
@@ -52,6 +54,7 @@ class CurriculumSettings(LoopSettings):
                         f"--{name.replace('_', '-')} is of a curriculum: add --callbacks efficienttrain"
                     )
 
+        read_schedule(self.curriculum)
         if self.loader_op is not None and self.augment_on == "device":
             raise UserError(
                 f"--curriculum-op {self.curriculum_op} works in the loader: with --augment-on device take fourier"
@@ -62,6 +65,18 @@ class CurriculumSettings(LoopSettings):
         """The interpolation by which the loader makes images smaller under the curriculum, if it does."""
         under = "efficienttrain" in self.callbacks and self.curriculum_op in BY_LOADER
         return self.curriculum_op if under else None
+
+
+def read_schedule(text: str) -> Schedule:
+    """A schedule by its name, or spelt out as shares of the updates and sizes: 0.6:160,0.8:192,1:224."""
+    if text in SCHEDULES:
+        return SCHEDULES[text]
+    parts = [part.split(":") for part in text.split(",")]
+    try:
+        return Schedule(tuple(Stage(float(until), int(size)) for until, size in parts))
+    except ValueError as error:
+        reason = str(error) if all(len(part) == 2 for part in parts) else "expected SHARE:SIZE,..."
+        raise UserError(f"--curriculum {text}: {reason}; or one of {', '.join(SCHEDULES)}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +154,7 @@ def follow(
     """
     if "efficienttrain" not in settings.callbacks:
         return plan, None, []
-    schedule = SCHEDULES[settings.curriculum]
+    schedule = read_schedule(settings.curriculum)
     curriculum = EfficientTrain(
         schedule, settings.curriculum_op, image_size=size, multiple=multiple, batch_size=settings.batch_size
     )

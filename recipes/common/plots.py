@@ -70,6 +70,31 @@ def image_table(
     _save(figure, path)
 
 
+def bars(rows: Mapping[str, Mapping[str, float]], path: Path, title: str, label: str) -> None:
+    """Groups of bars: for every name in the rows one bar of each row.
+
+    Args:
+        rows: of what is compared, values by name; the names are those of the first row.
+        path: a .png file; missing folders are made.
+        title: of the picture.
+        label: of the values.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(next(iter(rows.values())))
+    figure = Figure(figsize=(max(5, 1.2 * len(names)), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(rows)
+    for number, (who, row) in enumerate(rows.items()):
+        places = [i + (number - (len(rows) - 1) / 2) * width for i in range(len(names))]
+        axes.bar(places, [row[name] for name in names], width, label=who)
+    axes.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
+    axes.set(title=title, ylabel=label)
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend()
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

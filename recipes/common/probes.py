@@ -18,6 +18,8 @@ from leaven.pretext import (
 from leaven.recipes.common.batches import CALIBRATION_IMAGES, Images, Part, user_errors
 from leaven.recipes.common.data import Data, KeyedLoader
 
+Labelled = tuple[KeyedLoader, Tensor]
+
 # Raw pixels are compared at the stored size, up to this side: a linear probe on 150,528 numbers tells no more.
 _PIXELS = 32
 
@@ -36,12 +38,8 @@ def probe(
         Results as (what, percent), and lines to print: protocol, then a table.
     """
     data, settings = images.data, images.settings
-    if not data.classes:
-        return [], ["no labels: kNN and linear probe are skipped"]
-    counts = np.bincount(Part(data.train, most).labels)
-    if (counts > 0).sum() < 2 or counts.max() < 2:
-        few = f"{counts.sum()} labelled training images of {(counts > 0).sum()} classes"
-        return [], [f"kNN and linear probe are skipped: {few} are too few to learn from"]
+    if why := unfit(images, most):
+        return [], [f"{why}: kNN and linear probe are skipped"]
     raw = pixel_size(data)
     loaders = [images.whole(part, most) for part in (data.train, data.val)]
     pairs = [
@@ -61,6 +59,25 @@ def probe(
     return [
         (f"{who}, {what} top-1", f"{v:.2%}") for who, row in scores.items() for what, v in row.items()
     ], lines
+
+
+def unfit(images: Images, most: int) -> str:
+    """Why nothing can be learnt from the labels of at most so many training images; empty if it can."""
+    if not images.data.classes:
+        return "no labels"
+    counts = np.bincount(Part(images.data.train, most).labels)
+    if (counts > 0).sum() < 2 or counts.max() < 2:
+        return f"{counts.sum()} labelled training images of {(counts > 0).sum()} classes are too few to learn from"
+    return ""
+
+
+def labelled(images: Images, most: int) -> tuple[Labelled, Labelled]:
+    """Loaders of whole training and held-out images, at most so many of each, and the labels of what they give."""
+    parts = Part(images.data.train, most), Part(images.data.val, most)
+    # One by one, and not `Part.labels`: an unreadable image is replaced together with its label.
+    labels = [torch.tensor([part.label(index) for index in range(len(part))]) for part in parts]
+    loaders = [images.whole(part, most) for part in (images.data.train, images.data.val)]
+    return (loaders[0], labels[0]), (loaders[1], labels[1])
 
 
 def recalibrate(backbones: Mapping[str, nn.Module], images: Images) -> list[str]:

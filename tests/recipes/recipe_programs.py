@@ -16,7 +16,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parent / "tiny_run.py"
-SPARK, TRAIN, EVALUATE = (ROOT / "recipes" / f"{name}.py" for name in ("spark", "train", "evaluate"))
+SPARK, TRAIN, EVALUATE, ROTNET, SEARCH = (
+    ROOT / "recipes" / f"{name}.py" for name in ("spark", "train", "evaluate", "rotnet", "schedule_search")
+)
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

@@ -334,6 +334,11 @@ def test_spark_under_the_curriculum(run: Callable[..., Path], capsys: pytest.Cap
     )
 
 
+def test_a_schedule_of_ones_own(run: Callable[..., Path]) -> None:
+    folder = run(TRAIN, "out", *TRAINING, "--curriculum", "0.25:40,0.5:56,1:64")
+    assert [row["size"] for row in rows(folder)] == [40] * 2 + [56] * 3 + [64] * 7
+
+
 def test_a_replay_buffer_trains_and_is_declared(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,6 +354,8 @@ def test_a_replay_buffer_trains_and_is_declared(
         (TRAIN, ["--callbacks", "ema,ema"], ["once"]),
         (SPARK, ["--callbacks", "ema"], ["--callbacks ema", "efficienttrain"]),
         (TRAIN, ["--curriculum", "et_pp"], ["--curriculum", "add --callbacks efficienttrain"]),
+        (TRAIN, [*FLAGS, "--curriculum", "et++"], ["--curriculum et++", "SHARE:SIZE", "et_pp"]),
+        (TRAIN, [*FLAGS, "--curriculum", "0.5:64,1:32"], ["--curriculum 0.5:64,1:32", "must not shrink"]),
         (TRAIN, ["--replay-buffer", "9"], ["--replay-buffer", "add --callbacks efficienttrain"]),
         (TRAIN, [*FLAGS, "--replay-buffer", "-1"], ["--replay-buffer"]),
         (

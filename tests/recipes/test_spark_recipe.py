@@ -166,7 +166,10 @@ def test_a_flat_folder_without_labels_and_images_that_are_not_square(
 def test_too_few_labels_to_learn_from_are_said(spark: Main, capsys: pytest.CaptureFixture[str]) -> None:
     folder = spark("out", "--probe-images", "1")
     said = capsys.readouterr().out
-    assert "kNN and linear probe are skipped: 1 labelled training images of 1 classes are too few" in said
+    assert (
+        "1 labelled training images of 1 classes are too few to learn from: kNN and linear probe are skipped"
+        in said
+    )
     assert {"backbone.safetensors", "README.md"} <= {path.name for path in folder.iterdir()}
 
 

@@ -1,0 +1,126 @@
+"""What EfficientTrain saves and costs: baseline, ET, ET++, and plain bilinear resizing at the same sizes.
+
+    python benchmarks/efficienttrain.py --data DATA --work RUNS run      # as many at a time as there are cores
+    python benchmarks/efficienttrain.py --data DATA --work RUNS table    # results/efficienttrain.json, and in words
+
+DATA holds imagenette224-mini/ and cifar10-jpeg/cifar10-jpeg-12k.zip. Everything is done by recipes/train.py, one thread
+each, loading included in the times. A finished run is one line of results/efficienttrain_runs.jsonl and is not done
+again. The arms of a seed share weights, order and augmentation; they run one after another, in an order that turns from
+seed to seed, so that a machine that slows down slows no arm in particular.
+
+ET has the baseline's epochs. ET++ costs, by area, two thirds of the baseline, as in the paper's 200 of 300 epochs.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ledger import RESULTS, Ledger, Run, data_sets, execute, interval95, summary
+from timing import machine
+
+from leaven.curricula import ET_PP
+
+LEDGER = RESULTS / "efficienttrain_runs.jsonl"
+NETS = {"resnet10t": "1.5e-3", "vit_tiny_patch16_224": "1e-3"}
+SEEDS = (0, 1, 2)
+COMMON = shlex.split(
+    "--workers 0 --batch-size 64 --mixed-precision bf16 --weight-decay 0.05 --warmup-epochs 2 --aa randaugment "
+    "--crop-pct 1.0 --save-every 100"
+)
+# Side, epochs of the baseline, share of the area that a crop takes.
+SETS = {"cifar": (64, 8, "0.5,1"), "photos": (128, 24, "0.35,1")}
+ARMS = {
+    "baseline": (),
+    "ET": ("--callbacks", "efficienttrain", "--curriculum", "et"),
+    "ET, bilinear": ("--callbacks", "efficienttrain", "--curriculum", "et", "--curriculum-op", "bilinear"),
+    "ET++": ("--callbacks", "efficienttrain", "--curriculum", "et_pp"),
+}
+
+
+def training(which: str, net: str, seed: int, arm: str) -> Run:
+    side, epochs, crop = SETS[which]
+    if arm == "ET++":
+        epochs = round(ET_PP.scaled(side).epochs(2 / 3 * epochs))
+    words = ["recipes/train.py", "--backbone", net, "--data", which, "--seed", str(seed), *COMMON]
+    words += [
+        "--image-size",
+        str(side),
+        "--lr",
+        NETS[net],
+        "--epochs",
+        str(epochs),
+        "--eval-every",
+        str(epochs),
+    ]
+    words += ["--crop-scale", crop, *ARMS[arm]]
+    return Run(f"{which}-{net}-{seed}-{arm.replace(', ', '-')}", tuple(words))
+
+
+def chains() -> list[list[Run]]:
+    """A chain per data set, seed and network."""
+    found = []
+    for which in SETS:
+        for seed in SEEDS:
+            order = [*ARMS][seed % len(ARMS) :] + [*ARMS][: seed % len(ARMS)]
+            found += [[training(which, net, seed, arm) for arm in order] for net in NETS]
+    return found
+
+
+def table(ledger: Ledger) -> dict[str, Any]:
+    """What is complete: accuracies, differences to the baseline and ratios of time, paired by seed."""
+    results = []
+    for which in SETS:
+        for net in NETS:
+            runs = {arm: [training(which, net, seed, arm) for seed in SEEDS] for arm in ARMS}
+            if any(run.name not in ledger.rows for each in runs.values() for run in each):
+                continue
+            for arm, each in runs.items():
+                pairs = list(zip(each, runs["baseline"], strict=True))
+                gains = [ledger.top1(run) - ledger.top1(base) for run, base in pairs]
+                speedups = [ledger.seconds(base) / ledger.seconds(run) for run, base in pairs]
+                results.append(
+                    {"data": which, "side": SETS[which][0], "backbone": net, "arm": arm}
+                    | {"top1": summary([ledger.top1(run) for run in each])}
+                    | {"minus baseline": summary(gains), "interval95": interval95(gains)}
+                    | {"speedup": round(statistics.median(speedups), 3)}
+                    | {"speedups": [round(each, 3) for each in speedups]}
+                )
+    return {"machine": machine("cpu"), "results": results}
+
+
+def words(report: dict[str, Any]) -> str:
+    """As a Markdown table: percent, and the interval of the paired difference."""
+    lines = ["| data | backbone | arm | top-1 | minus baseline (95 %) | speed-up |", "|" + " --- |" * 6]
+    for row in report["results"]:
+        low, high = (100 * each for each in row["interval95"])
+        gain = f"{100 * row['minus baseline']['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
+        cells = [f"{row['data']}, {row['side']} px", row["backbone"], row["arm"]]
+        cells += [f"{100 * row['top1']['mean']:.1f}", "" if row["arm"] == "baseline" else gain]
+        lines.append("| " + " | ".join([*cells, f"{row['speedup']:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=("run", "table"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    work, ledger = args.work.resolve(), Ledger(LEDGER)
+    if args.step == "run":
+        execute(chains(), data_sets(args.data, work), work, args.jobs, ledger)
+        return
+    report = table(ledger)
+    (RESULTS / "efficienttrain.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(words(report))
+
+
+if __name__ == "__main__":
+    main()
