@@ -110,7 +110,9 @@ def _torchvision(name: str, asked: dict[str, Any], image_size: int | tuple[int, 
     if image_size is not None and name.startswith("tv:vit_"):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height != width:
-            raise ValueError(f"{name} takes square images only, not {height}x{width}; take a timm ViT for others")
+            raise ValueError(
+                f"{name} takes square images only, not {height}x{width}; take a timm ViT for others"
+            )
         arguments["image_size"] = height
     rate = asked.get("drop_path_rate")
     model: nn.Module

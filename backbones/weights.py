@@ -124,13 +124,20 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
     """The tensors of a safetensors file, and its metadata."""
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).is_dir():
+        inside = sorted(Path(path).glob("*.safetensors"))
+        hint = f"; did you mean {inside[0]}?" if inside else ", and there is no .safetensors file in it"
+        raise FileNotFoundError(f"{path} is a folder{hint}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights file {path}")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise WeightsMismatch(f"{path} is not a complete safetensors file: {error}") from None
+        hint = ""
+        if Path(path).suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
+            hint = "; convert pickled weights with safetensors.torch.save_file(torch.load(PATH), 'PATH.safetensors')"
+        raise WeightsMismatch(f"{path} is not a complete safetensors file: {error}{hint}") from None
 
 
 def _check(

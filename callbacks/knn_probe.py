@@ -44,6 +44,9 @@ class KNNProbe(Callback):
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be a number of updates, at least 1, not {every}")
+        for part, (images, labels) in (("train", train), ("test", test)):
+            if isinstance(images, Tensor) and len(images) != len(labels):
+                raise ValueError(f"{part}: {len(images)} images, but {len(labels)} labels")
         self.train, self.test = train, test
         self.every, self.k, self.temperature = every, k, temperature
         self.name = name

@@ -20,7 +20,7 @@ from leaven.pretext.rotnet import (
     rotate_random,
     rotation_ood_score,
 )
-from leaven.pretext.spark import SparK, SparseUnsupported
+from leaven.pretext.spark import SparK, SparseUnsupported, UntrainedWarning
 from leaven.pretext.stage_probe import kshot_indices, pooled_maps, probe_stages
 from leaven.pretext.supervised import Supervised, count_correct
 
@@ -33,6 +33,7 @@ __all__ = [
     "SparK",
     "SparseUnsupported",
     "Supervised",
+    "UntrainedWarning",
     "check_order",
     "clockwise_head",
     "count_correct",

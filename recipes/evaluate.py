@@ -30,13 +30,17 @@ from leaven.recipes.common.launcher import set_threads
 from leaven.recipes.common.probes import labelled_features, pixel_size, recalibrate
 from leaven.recipes.common.run_folder import open_run
 
+FEW_LABELS = ("1%", "10%")
+
 
 @dataclass
 class EvaluateSettings(ImageSettings):
     """kNN, linear probe and few labels on frozen features."""
 
     init: str | None = flag(None, "weights to judge: a .safetensors file, `pretrained`, or none: untrained")
-    few: tuple[str, ...] = flag(("1%", "10%"), "few labels: N images of each class or P%, comma-separated")
+    few: tuple[str, ...] | None = flag(
+        FEW_LABELS, "few labels: N images of each class or P%, comma-separated; none"
+    )
     few_seeds: int = flag(5, "random choices of the few labelled images, for mean and spread")
     probe_images: int = flag(20000, "images at most, of each part")
     recalibrate: bool = flag(True, "take BatchNorm's statistics anew from whole training images first")
@@ -85,7 +89,14 @@ def evaluate(settings: EvaluateSettings, data: Data) -> list[dict[str, Any]]:
     words: dict[str, Any] = {"split": split, "crop": "whole image resized to cover the size, centre crop"}
     print("\n".join(lines))
     labels, seeds = Part(data.train, most).labels, range(settings.few_seeds)
-    few = {a: [few_labels(labels, a, seed, data.classes, "--few") for seed in seeds] for a in settings.few}
+    few: dict[str, list[NDArray[np.int64]]] = {}
+    for amount in settings.few or ():
+        try:
+            few[amount] = [few_labels(labels, amount, seed, data.classes, "--few") for seed in seeds]
+        except UserError as error:
+            if settings.few != FEW_LABELS:
+                raise
+            print(f"few labels, {amount}: left out ({error})")
 
     results: list[dict[str, Any]] = []
     judged: dict[str, tuple[nn.Module, tuple[int, int]]] = {"raw pixels": (nn.Flatten(), raw)}

@@ -130,7 +130,7 @@ def audit(images: Images) -> list[str]:
     """What trivial statistics can tell of the rotation, in words; nothing where the images are too small for it."""
     if min(images.size) < 24 or len(images.data.train) < 8:
         return []
-    found = cue_audit(images.whole(images.data.train, 256), seed=images.settings.seed)
+    found = cue_audit(images.whole(images.data.train, 96), seed=images.settings.seed)
     shares = [", ".join(f"{k} {v:.1%}" for k, v in d.items()) for d in (found.as_given, found.pipeline)]
     return [
         f"cue audit: rotation told by trivial statistics of the images: {shares[0]} (chance 25.0%)",

@@ -7,6 +7,7 @@ Without --data it trains on scikit-learn's digits: a smoke test that takes minut
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from leaven.backbones import resolve, save
 from leaven.callbacks import AttachError, attach
 from leaven.pretext import Output
 from leaven.pretext.spark import SparK, sample_mask
+from leaven.pretext.spark.masking import visible_count
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
 from leaven.recipes.common.curriculum import CurriculumSettings, follow
@@ -107,7 +109,7 @@ def train(settings: SparkSettings, data: Data) -> None:
     accelerator.print("\n".join(about + how))
     with user_errors(ValueError):
         for side in curriculum.shapes() if curriculum else [size]:
-            sample_mask(1, spark.mask_grid(*side), settings.mask_ratio)
+            visible_count(math.prod(spark.mask_grid(*side)), settings.mask_ratio)
     if accelerator.is_main_process:
         before = held_out_loss(judge(spark, images), images, settings.probe_images)
         print(f"held-out masked loss before training: {before:.4f}")

@@ -1,4 +1,4 @@
-"""The refusal that SparK's encoders raise."""
+"""What SparK refuses, and what it warns of."""
 
 
 class SparseUnsupported(RuntimeError):
@@ -6,3 +6,7 @@ class SparseUnsupported(RuntimeError):
 
     Not a TypeError: Python's operators would replace that by their own "unsupported operand" message.
     """
+
+
+class UntrainedWarning(UserWarning):
+    """A good part of the backbone has no part in the maps that are used: it keeps the weights it has."""

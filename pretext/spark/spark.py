@@ -1,5 +1,6 @@
 """SparK as an objective (Tian et al., "Designing BERT for Convolutional Networks", ICLR 2023)."""
 
+import warnings
 from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 from typing import Literal
@@ -7,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from leaven.backbones import Stage, create, resolve, save, unused_parameters
+from leaven.backbones import Stage, classifier_names, create, resolve, save, unused_parameters
 from leaven.backbones import stages as backbone_stages
 from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, untouched
 from leaven.pretext.output import Output
 from leaven.pretext.spark.decoder import Densify, LightDecoder
 from leaven.pretext.spark.dense import dense_encode
-from leaven.pretext.spark.errors import SparseUnsupported
+from leaven.pretext.spark.errors import SparseUnsupported, UntrainedWarning
 from leaven.pretext.spark.geometry import Geometry
 from leaven.pretext.spark.loss import masked_loss, reconstruction
 from leaven.pretext.spark.masking import sample_mask, visible_count, visible_ids
@@ -89,7 +90,18 @@ class SparK(nn.Module):
         self.decoder = LightDecoder(reduction, decoder_width, self.in_chans)
         self.backend, self.backend_reason = self._choose_backend(backend)
         unused = unused_parameters(self.backbone, self.stages)
-        self.untrained = whole_parts(unused, dict(self.backbone.named_parameters()))
+        parameters = dict(self.backbone.named_parameters())
+        self.untrained = whole_parts(unused, parameters)
+        heads = tuple(f"{name}." for name in classifier_names(self.backbone))
+        behind = sum(parameters[name].numel() for name in unused if not (heads and name.startswith(heads)))
+        share = behind / max(1, sum(p.numel() for p in parameters.values()))
+        if share > 0.01 and stages is None:  # less is a classifier's norm, and who names stages knows
+            warnings.warn(
+                f"{', '.join(self.untrained)} ({share:.0%} of the backbone's parameters) stay as they are: no map used "
+                "depends on them. What is read behind them, by kNN and probes too, goes through untrained layers",
+                UntrainedWarning,
+                stacklevel=2,
+            )
         # DistributedDataParallel reads this: layers after the last map (a classifier) get no gradient here.
         self._ddp_params_and_buffers_to_ignore = [f"backbone.{name}" for name in sorted(unused)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin
@@ -61,6 +62,8 @@ def _number(value: Any, hint: Any) -> Any:
         number = hint(value)
     except (ValueError, OverflowError):
         raise ValueError(expected) from None
+    if hint is float and not math.isfinite(number):
+        raise ValueError("expected a finite number")
     if hint is int and number != (value if not isinstance(value, str) else number):
         raise ValueError(expected)  # 1.5 for an int
     return number

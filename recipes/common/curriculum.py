@@ -1,6 +1,7 @@
 """The recipes' side of EfficientTrain: batches, accumulation and learning rate follow the schedule."""
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
@@ -25,7 +26,9 @@ BY_LOADER = ("bicubic", "bilinear")
 class CurriculumSettings(LoopSettings):
     """The flags of recipes that train under callbacks."""
 
-    callbacks: tuple[str, ...] = flag((), "callbacks by name, comma-separated: efficienttrain")
+    callbacks: tuple[str, ...] = flag(
+        (), "callbacks by name, comma-separated: efficienttrain, and in recipes/train.py ema"
+    )
     curriculum: str = flag(
         "et", "schedule of sizes: et, et_pp, et_pp_deit, or your own as 0.6:160,0.8:192,1:224"
     )
@@ -112,9 +115,11 @@ class CurriculumPlan(Plan):
     def position(self, update: int) -> float:
         return self.curriculum.schedule.clock(update / self.total) * self.total
 
-    def extend(self, batch: Any, update: int, generator: torch.Generator) -> Any:
+    def extend(self, batch: Any, update: int, generator: Callable[[], torch.Generator]) -> Any:
         return (
-            batch if self.buffer is None else self.buffer.extend(batch, self.stage(update).replay, generator)
+            batch
+            if self.buffer is None
+            else self.buffer.extend(batch, self.stage(update).replay, generator())
         )
 
     def spec(self, epoch: int, taken: int) -> BatchSpec:

@@ -142,11 +142,13 @@ class KeyedDataset(Dataset[tuple[Any, int]]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> tuple[Any, int]:
-        smaller = getattr(
-            self.transform, "reduction", None
-        )  # of those that know how much of an image they need
-        reduction = None if smaller is None else partial(smaller, key=key)
-        image, label = self.source.image(key.index, reduction), self.source.label(key.index)
+        # Under a curriculum, by transforms that know how much of an image they need.
+        smaller = None if key.size is None else getattr(self.transform, "reduction", None)
+        if smaller is None:
+            image = self.source.image(key.index)
+        else:
+            image = self.source.image(key.index, partial(smaller, key=key))
+        label = self.source.label(key.index)
         return self.transform(image, key), -1 if label is None else label
 
 

@@ -62,8 +62,12 @@ class ImageSettings:
             value = getattr(self, name, None)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-        if self.image_size is not None and min(self.image_size) < 1:
-            raise UserError("--image-size must be positive, as in 224 or 96x128")
+        if self.image_size is not None and not 8 <= min(self.image_size) <= max(self.image_size) <= 8192:
+            raise UserError("--image-size must be from 8 to 8192 pixels, as in 224 or 96x128")
+        if self.seed >= 2**32:  # what numpy and scikit-learn take
+            raise UserError(f"--seed must be below {2**32}, got {self.seed}")
+        if getattr(self, "clip_grad", None) == 0:
+            raise UserError("--clip-grad 0 would leave nothing of any gradient; none is for no clipping")
         if self.in_chans not in (1, 3):
             raise UserError(f"--in-chans must be 1 or 3, got {self.in_chans}")
 
@@ -97,8 +101,10 @@ class CommonSettings(ImageSettings):
 
 _LEAST: dict[str, float] = {
     **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "save_every", "keep", "limit_batches"), 1),
+    **dict.fromkeys(("global_batch_size", "probe_images", "probe_width", "decoder_width", "mask_cell"), 1),
     **dict.fromkeys(
-        ("workers", "seed", "lr", "weight_decay", "warmup_epochs", "clip_grad", "max_bad_images"), 0
+        ("workers", "seed", "lr", "lr_base", "weight_decay", "warmup_epochs", "clip_grad", "max_bad_images"),
+        0,
     ),
 }
 
@@ -174,6 +180,7 @@ def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
     from leaven.pretext.spark import SparseUnsupported
 
     warnings.formatwarning = _one_line
+    sys.path.append(os.getcwd())  # last, so that it shadows nothing: for --backbone my_module:factory
     named = (UserError, UnknownBackbone, NoStages, WeightsMismatch, SparseUnsupported)
     known: tuple[type[Exception], ...] = named + errors
     try:

@@ -85,7 +85,12 @@ def set_threads(local_processes: int = 1) -> str:
     threads, why = choose_threads(os.environ, find_launcher(), cores, local_processes)
     if threads is not None:
         torch.set_num_threads(threads)
-    return f"threads: {torch.get_num_threads()} ({why})"
+    line = f"threads: {torch.get_num_threads()} ({why})"
+    # Threads that wait for each other on a core that somebody else uses cost more than they bring.
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if threads is not None and threads > 1 and busy > cores:
+        line += f"; this machine is busy (load {busy:.1f}): if training crawls, set OMP_NUM_THREADS=1"
+    return line
 
 
 def stop_with_launcher() -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def _gradients(
     micro_steps, process = plan.micro_steps(update), accelerator.process_index
     for micro in range(micro_steps):
         asked = time.perf_counter()
-        replay = keyed_generator(settings.seed, update, micro, f"replay {process}")
+        replay = partial(keyed_generator, settings.seed, update, micro, f"replay {process}")
         batch = plan.extend(next(batches), update, replay)
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         waited += time.perf_counter() - asked

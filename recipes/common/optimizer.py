@@ -40,7 +40,7 @@ def make_optimizer(
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--opt {settings.opt}: timm has no such optimizer{hint}")
     if settings.betas is not None and not optim.get_optimizer_info(name).has_betas:
-        raise UserError(f"--opt {settings.opt} does not take betas; leave --betas out")
+        raise UserError(f"--opt {settings.opt} does not take betas: add --betas none")
     kwargs: dict[str, Any] = {} if settings.betas is None else {"betas": settings.betas}
     # A decay that starts at zero and rises must still be told apart from none.
     decay = max(settings.weight_decay, settings.weight_decay_end or 0.0)

@@ -131,7 +131,7 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         if len(self) == 0:
             raise UserError(
                 f"{n} images do not fill one batch of {batch_size} on each of {world_size} process(es); "
-                "lower --batch-size"
+                "lower --batch-size, or --global-batch-size where that is given"
             )
 
     @property

@@ -1,6 +1,7 @@
 """How many updates a run has, and the learning rate and weight decay of each, as pure functions."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,8 @@ class Plan:
         """Where, in updates, the learning rate and the weight decay stand."""
         return update
 
-    def extend(self, batch: Any, update: int, generator: torch.Generator) -> Any:
-        """What is trained on when this is what the loader gave."""
+    def extend(self, batch: Any, update: int, generator: Callable[[], torch.Generator]) -> Any:
+        """What is trained on when this is what the loader gave; the generator is made if anything is drawn."""
         return batch
 
 

@@ -47,6 +47,11 @@ def doctor() -> int:
             problems.append(f"{name} {verdict}: pip install --upgrade {name}")
     if mismatch := torchvision_mismatch():
         problems.append(mismatch)
+    if (Path.cwd() / "leaven").is_dir() and not (Path.cwd() / "leaven" / "__init__.py").exists():
+        problems.append(
+            f"the folder {Path.cwd() / 'leaven'} hides the package from Python programs started here: "
+            "start them elsewhere, or rename it"
+        )
 
     print("\nDevices and threads")
     for line in ["unknown: torch cannot be imported"] if failures["torch"] else devices():
@@ -122,7 +127,7 @@ def torchvision_mismatch() -> str | None:
 
 def failure(program: str) -> str | None:
     """Run Python source in its own process (a broken binary may kill it): None, or the error's last line."""
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-P", "-c", program]  # without the current folder, which may shadow packages
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:

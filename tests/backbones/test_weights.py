@@ -137,6 +137,11 @@ def test_missing_and_broken_files(tmp_path) -> None:
         load("resnet18", tmp_path / "none.safetensors")
     path = tmp_path / "w.safetensors"
     save(create("test_resnet"), path, name="test_resnet")
+    with pytest.raises(FileNotFoundError, match=r"is a folder; did you mean .*w\.safetensors\?$"):
+        load("test_resnet", tmp_path)
+    torch.save({}, tmp_path / "w.pth")
+    with pytest.raises(WeightsMismatch, match="convert pickled weights"):
+        load("test_resnet", tmp_path / "w.pth")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(WeightsMismatch, match="is not a complete safetensors file") as caught:
         load("test_resnet", path)

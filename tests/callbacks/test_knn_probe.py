@@ -132,3 +132,5 @@ def test_it_observes_last() -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
         KNNProbe(TRAIN, TEST, every=0)
+    with pytest.raises(ValueError, match=f"test: {len(TEST[0])} images, but {len(TEST[1]) - 1} labels"):
+        KNNProbe(TRAIN, (TEST[0], TEST[1][1:]), every=1)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from leaven.pretext.spark import SparK, SparseUnsupported, sample_mask
+from leaven.pretext.spark import SparK, SparseUnsupported, UntrainedWarning, sample_mask
 from leaven.pretext.spark.decoder import LightDecoder
 
 NETS = ["resnet50", "convnext_tiny", "efficientnet_b0", "regnety_008"]
@@ -504,6 +505,33 @@ def test_parts_that_no_map_used_depends_on_are_named() -> None:
     assert SparK("resnet10t", decoder_width=64, stages=(4, 8)).untrained == ["layer3", "layer4"]
     assert SparK("tv:resnet18", decoder_width=64).untrained == ["fc"]
     assert "stages.3" in SparK("convnext_atto", decoder_width=64, stages=(4, 8, 16)).untrained[0]
+
+
+def test_a_good_part_that_stays_untrained_is_warned_of() -> None:
+    """Not of a classifier, and not where the maps were chosen."""
+    with pytest.warns(
+        UntrainedWarning, match=r"attention \(\d+% of the backbone's parameters\) stay as they are"
+    ):
+        SparK(Tail(), decoder_width=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UntrainedWarning)
+        for backbone in ("resnet10t", "tv:resnet18", "convnext_atto"):
+            SparK(backbone, decoder_width=64)
+        SparK("resnet10t", decoder_width=64, stages=(4, 8))
+
+
+class Tail(nn.Module):
+    """A map, and attention behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 4, 4)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        tokens = x.flatten(2).transpose(1, 2)
+        return self.attention(tokens, tokens, tokens)[0].transpose(1, 2).reshape(x.shape)
 
 
 def test_a_mask_that_hides_nothing_is_refused_for_training_only() -> None:

@@ -132,6 +132,7 @@ def test_torchvision_weights_of_any_classifier(evaluate: Evaluate) -> None:
         (["--backbone", "test_resnet", "--init", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["--backbone", "test_resnet", "--few", "5000"], ["--few 5000", "training images only"]),
         (["--backbone", "test_resnet", "--few", "1%"], ["--few 1%", "would get none"]),
+        (["--backbone", "test_resnet", "--init", "."], [". is a folder", "no .safetensors file"]),
         (["--backbone", "test_resnet", "--lr", "1"], ["--lr"]),
         (["--backbone", "test_resnet", "--few-seeds", "0"], ["--few-seeds"]),
         (["--backbone", "test_resnet", "--data", "flat"], ["flat"]),
@@ -152,6 +153,22 @@ def test_errors_are_one_line(
     assert error.count("\n") == 1
     for part in parts:
         assert part in error
+
+
+def test_few_labels_that_cannot_be_had_are_left_out_unless_asked_for(
+    recipe: Callable[[Path], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """143 digits of each class give 1 % of 100 images no image of a class; nobody asked for that."""
+    module = recipe(EVALUATE)
+    flags = ["--backbone", "test_resnet", "--image-size", "32", "--workers", "0", "--probe-images", "100"]
+    module.main([*flags, "--output-dir", "out"])
+    said = capsys.readouterr().out
+    assert "few labels, 1%: left out (--few 1%: class " in said
+    assert "few-v1" in said  # 10 % can be had
+    module.main([*flags, "--few", "none", "--output-dir", "none"])
+    said = capsys.readouterr().out
+    assert "few-v1" not in said
+    assert "linear-v1" in said
 
 
 def test_several_processes_are_refused(

@@ -125,7 +125,7 @@ def test_precedence_is_default_preset_file_flag(tmp_path):
 @example(1.0, None, (), ("\x85", "\u2028x", "a\nb", "\udce9"), "Ä ", "no", True, None)
 @given(
     lr=st.floats(0, 1e3),
-    size=st.none() | st.tuples(st.integers(1, 999), st.integers(1, 999)),
+    size=st.none() | st.tuples(st.integers(8, 999), st.integers(8, 999)),
     depths=st.lists(st.integers()).map(tuple),
     names=st.lists(st.text()).map(tuple),
     text=st.none() | st.text().filter(lambda t: t.lower() not in ("none", "null")),
@@ -182,7 +182,7 @@ def test_a_written_config_is_a_config(tmp_path):
         (["--in-chans", "4"], "--in-chans must be 1 or 3, got 4"),
         (["--image-size", "12x12x3"], "--image-size: expected N or HxW"),
         (["--image-size", "big"], "--image-size: expected a whole number, got 'big'"),
-        (["--image-size", "0"], "--image-size must be positive"),
+        (["--image-size", "0"], "--image-size must be from 8 to 8192"),
         (["--scale", "0.5"], "--scale: expected 2 values"),
         (["--mixed-precision", "bf61"], "expected one of no, bf16, fp16; did you mean bf16?"),
         (["--config", "/nowhere/x.yaml"], "cannot read --config /nowhere/x.yaml: No such file or directory"),

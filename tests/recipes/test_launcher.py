@@ -112,7 +112,7 @@ def test_a_real_launchers_environment_is_read(tmp_path: Path, chosen: bool) -> N
     expected = f"threads: {cores} ({cores} cores / 1 process)"
     if chosen:
         expected = "threads: 1 (OMP_NUM_THREADS=1, set by you)"
-    assert shown == f"{chosen} {expected}"
+    assert shown.partition(";")[0] == f"{chosen} {expected}"  # behind it, that the machine is busy
 
 
 ORPHAN = """
