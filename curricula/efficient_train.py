@@ -74,8 +74,12 @@ class EfficientTrain(Callback):
         self.schedule, self.op = schedule, op
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.full_batch_size, self.warmup, self.resize_back = batch_size, warmup, resize_back
-        self._axes = [
+        axes = [
             schedule if full == schedule.full else schedule.scaled(full, multiple) for full in self.image_size
+        ]
+        # Scaled sizes are rounded; when a stage begins is left to the schedule as it was given.
+        self._sizes: list[Size] = [
+            (rows.size, columns.size) for rows, columns in zip(*(axis.stages for axis in axes), strict=True)
         ]
         self._progress: Progress | None = None
         self.update()
@@ -101,12 +105,17 @@ class EfficientTrain(Callback):
 
     def size_at(self, t: float) -> Size:
         """(h, w) of the images of the update at share `t` of all updates."""
-        return self._axes[0].at(t).size, self._axes[1].at(t).size
+        return self._sizes[self.schedule.stages.index(self.schedule.at(t))]
 
     def shapes(self) -> list[Size]:
         """The sizes (h, w) that occur, in order."""
-        stages = zip(*(axis.stages for axis in self._axes), strict=True)
-        return list(dict.fromkeys((rows.size, columns.size) for rows, columns in stages))
+        return list(dict.fromkeys(self._sizes))
+
+    def speedup(self) -> float:
+        """How many times less the run costs than as many updates at full size, an image costing its area."""
+        stages = zip(self.schedule.stages, self._sizes, strict=True)
+        area = {stage.size: float(h * w) for stage, (h, w) in stages}
+        return self.schedule.speedup(area.__getitem__)
 
     @overload
     def __call__(self, images: Tensor) -> Tensor: ...

@@ -56,7 +56,6 @@ class CurriculumSettings(LoopSettings):
                     raise UserError(
                         f"--{name.replace('_', '-')} is of a curriculum: add --callbacks efficienttrain"
                     )
-
         read_schedule(self.curriculum)
         if self.loader_op is not None and self.augment_on == "device":
             raise UserError(
@@ -116,11 +115,9 @@ class CurriculumPlan(Plan):
         return self.curriculum.schedule.clock(update / self.total) * self.total
 
     def extend(self, batch: Any, update: int, generator: Callable[[], torch.Generator]) -> Any:
-        return (
-            batch
-            if self.buffer is None
-            else self.buffer.extend(batch, self.stage(update).replay, generator())
-        )
+        if self.buffer is None:
+            return batch
+        return self.buffer.extend(batch, self.stage(update).replay, generator())
 
     def spec(self, epoch: int, taken: int) -> BatchSpec:
         """What the batch looks like that begins after so many samples of an epoch, for `KeyedBatchSampler`."""
@@ -180,7 +177,7 @@ def follow(
     where = "in the loader" if by_loader else "on the device"
     lines = [
         f"EfficientTrain ({settings.curriculum}): {curriculum.shapes()} by {settings.curriculum_op} {where}, "
-        f"{schedule.speedup():.2f} times less computation by area"
+        f"{curriculum.speedup():.2f} times less computation by area"
     ]
     if buffer is not None:
         lines.append(

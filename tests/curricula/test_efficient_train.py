@@ -108,6 +108,13 @@ def test_rectangles_and_other_full_sizes() -> None:
         (96, 160),
         (128, 192),
     ]
+    tall = EfficientTrain(ET_PP, image_size=(128, 192))
+    assert {tall.size_at(t / 1000) for t in range(1001)} == set(tall.shapes())
+    assert tall.speedup() == pytest.approx(
+        1 / sum(h * w / (128 * 192) for h, w in (tall.size_at(t / 20000) for t in range(20000))) * 20000,
+        rel=1e-3,
+    )
+    assert EfficientTrain(ET).speedup() == ET.speedup()
     assert EfficientTrain(ET).shapes() == [(160, 160), (192, 192), (224, 224)]
     assert EfficientTrain(ET, image_size=64, multiple=8).shapes() == [(48, 48), (56, 56), (64, 64)]
 
