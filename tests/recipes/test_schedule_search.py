@@ -63,7 +63,8 @@ def test_what_a_stage_is(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["score"] == 0.2
 
 
-@pytest.mark.parametrize("method", ["greedy", pytest.param("compute", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["greedy", "compute"])
 def test_a_search_finds_a_curriculum_and_does_nothing_twice(tmp_path: Path, method: str) -> None:
     """As a program: its trainings are processes that import it again."""
     command = [sys.executable, str(SEARCH), *SMALL, "--sizes", "32,64", "--stages", "2"]
