@@ -185,7 +185,9 @@ def test_or_is_given_low_frequencies_at_its_size() -> None:
     assert torch.equal(model.seen[-1], images)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_vit2", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)]
+)
 def test_created_transformers_take_every_size(name: str) -> None:
     """`create` builds ViTs and Swins that take other sizes than their own; their parameters stay the same objects."""
     side = 224 if "swin" in name else 160

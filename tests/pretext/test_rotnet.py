@@ -215,7 +215,12 @@ def test_micro_batches_of_whole_images_add_up_to_the_same_gradient() -> None:
             64,
             [f"backbone.classifier.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")],
         ),
-        ("tv:vit_b_32", 32, ["backbone.heads.head.weight", "backbone.heads.head.bias"]),
+        pytest.param(
+            "tv:vit_b_32",
+            32,
+            ["backbone.heads.head.weight", "backbone.heads.head.bias"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_features_are_those_that_probes_judge(name: str, side: int, unused: list[str]) -> None:
