@@ -11,15 +11,12 @@ seed to seed, so that a machine that slows down slows no arm in particular.
 ET has the baseline's epochs. ET++ costs, by area, two thirds of the baseline, as in the paper's 200 of 300 epochs.
 """
 
-import argparse
 import json
-import os
 import shlex
 import statistics
-from pathlib import Path
 from typing import Any
 
-from ledger import RESULTS, Ledger, Run, data_sets, execute, interval95, summary
+from ledger import RESULTS, Ledger, Run, arguments, data_sets, execute, interval95, summary
 from timing import machine
 
 from leaven.curricula import ET_PP
@@ -105,14 +102,7 @@ def words(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("step", choices=("run", "table"))
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    args = parser.parse_args()
+    args = arguments(__doc__, ("run", "table"))
     work, ledger = args.work.resolve(), Ledger(LEDGER)
     if args.step == "run":
         execute(chains(), data_sets(args.data, work), work, args.jobs, ledger)

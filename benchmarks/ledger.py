@@ -1,5 +1,6 @@
 """Many runs of the recipes, each done once: a line per finished run in a committed file, whatever machine did it."""
 
+import argparse
 import json
 import os
 import statistics
@@ -57,6 +58,18 @@ class Ledger:
         with self.lock, self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             self.rows[run.name] = row
+
+
+def arguments(description: str | None, steps: Sequence[str]) -> argparse.Namespace:
+    """The command line of a benchmark that is made of runs."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=steps)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    return parser.parse_args()
 
 
 def data_sets(folder: Path, work: Path) -> dict[str, str]:

@@ -14,16 +14,13 @@ as pre-training and fine-tuning saw together ("scratch, equal total"). A seed de
 fresh weights and all draws, so differences are paired.
 """
 
-import argparse
 import json
-import os
 import shlex
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from ledger import RESULTS, Ledger, Run, data_sets, execute, interval95, summary
+from ledger import RESULTS, Ledger, Run, arguments, data_sets, execute, interval95, summary
 from timing import machine
 
 LEDGER = RESULTS / "spark_evidence_runs.jsonl"
@@ -185,14 +182,7 @@ def words(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("step", choices=("tune", "final", "table"))
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    args = parser.parse_args()
+    args = arguments(__doc__, ("tune", "final", "table"))
     work, ledger = args.work.resolve(), Ledger(LEDGER)
     if args.step == "table":
         report = table(ledger)

@@ -84,7 +84,7 @@ class EfficientTrain(Callback):
         self._progress: Progress | None = None
         self.update()
 
-    # Attributes and not properties: compiled code is guarded on them, and they change at the borders of stages only.
+    # An attribute and not a property: compiled code is guarded on `size`, which changes at the borders of stages only.
     def update(self) -> None:
         t = 0.0 if self._progress is None else self._progress.fraction
         clock = self.schedule.clock(t)

@@ -25,10 +25,13 @@ class ReplayBuffer:
         if capacity < 1:
             raise ValueError(f"a replay buffer holds at least one sample, not {capacity}")
         self.capacity = capacity
-        self.parts: list[Tensor] = []
+        self.parts: list[
+            Tensor
+        ] = []  # (capacity, ...) each, written in a ring: nothing is copied to make room
+        self.written = 0
 
     def __len__(self) -> int:
-        return len(self.parts[0]) if self.parts else 0
+        return min(self.written, self.capacity)
 
     def extend(self, batch: Any, replay: int, generator: torch.Generator) -> Any:
         """The new samples, followed by `replay - 1` times as many drawn from the buffer, the new ones in it.
@@ -39,15 +42,17 @@ class ReplayBuffer:
             generator: on the CPU; what is drawn depends on it and on the batches before.
         """
         if replay == 1:
-            self.parts = []
+            self.parts, self.written = [], 0
             return batch
         new = list(batch)
-        if self.parts and any(a.shape[1:] != b.shape[1:] for a, b in zip(self.parts, new, strict=True)):
-            self.parts = []  # the images have another size now
-        self.parts = [
-            torch.cat([old, part])[-self.capacity :]
-            for old, part in zip(self.parts or [part[:0] for part in new], new, strict=True)
-        ]
+        # At first, and where the images have another size now.
+        if not self.parts or any(a.shape[1:] != b.shape[1:] for a, b in zip(self.parts, new, strict=True)):
+            self.parts = [part.new_empty(self.capacity, *part.shape[1:]) for part in new]
+            self.written = 0
+        places = torch.arange(self.written, self.written + len(new[0]))[-self.capacity :] % self.capacity
+        for kept, part in zip(self.parts, new, strict=True):
+            kept[places.to(kept.device)] = part[-self.capacity :]
+        self.written += len(new[0])
         drawn = torch.randint(len(self), ((replay - 1) * len(new[0]),), generator=generator)
         return type(batch)(
             torch.cat([part, kept[drawn.to(kept.device)]]) for part, kept in zip(new, self.parts, strict=True)

@@ -47,9 +47,8 @@ class EvaluateSettings(ImageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("few_seeds", "probe_images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.few_seeds < 1:
+            raise UserError("--few-seeds must be at least 1")
 
 
 def main(argv: list[str] | None = None) -> None:

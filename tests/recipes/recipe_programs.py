@@ -114,3 +114,13 @@ def _folder_of(pid: int) -> Path | None:
         return Path(os.readlink(f"/proc/{pid}/cwd"))
     except OSError:
         return None
+
+
+# What tells how fast a run was.
+TIMES = {"step_s", "data_s", "images_per_s", "peak_memory_mib"}
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what tells how fast it was."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]

@@ -1,7 +1,6 @@
 """EfficientTrain in the recipes: batches, accumulation, learning rate, loader, replay, exact resume, errors."""
 
 import io
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recipe_programs import SPARK, TRAIN, same_tensors
+from recipe_programs import SPARK, TRAIN, rows, same_tensors
 from torch import Tensor
 
 from leaven.curricula import ET, ET_PP, EfficientTrain, Schedule, Stage
@@ -30,7 +29,6 @@ from leaven.recipes.common.sources import ArraySource
 
 Recipe = Callable[[Path], ModuleType]
 THREE = Schedule((Stage(0.4, 32, 2, 2), Stage(0.7, 48, 2), Stage(1.0, 64)), "steps", (0.0, 0.5, 1.0))
-TIMES = {"step_s", "data_s", "images_per_s", "peak_memory_mib"}
 
 
 def plan(
@@ -256,11 +254,6 @@ def run(recipe: Recipe) -> Callable[..., Path]:
         return Path(name)
 
     return main
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
 
 @pytest.mark.parametrize("op", ["fourier", pytest.param("bilinear", marks=pytest.mark.slow)])

@@ -1,6 +1,5 @@
 """recipes/rotnet.py: what it says and leaves behind, exact resume, its measurements, and its errors."""
 
-import json
 import os
 import signal
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_programs import ROTNET, same_tensors
+from recipe_programs import ROTNET, rows, same_tensors
 from torch import Tensor, nn
 
 from leaven.pretext import Output, RotNet
@@ -22,7 +21,6 @@ Recipe = Callable[[Path], ModuleType]
 Main = Callable[..., Path]
 SMALL = ["--backbone", "test_resnet", "--image-size", "32", "--batch-size", "8", "--workers", "0"]
 SHORT = ["--epochs", "2", "--limit-batches", "3", "--probe-images", "60", "--probe-width", "64"]
-TIMES = {"step_s", "data_s", "images_per_s", "peak_memory_mib"}
 
 
 @pytest.fixture
@@ -39,11 +37,6 @@ def rotnet(recipe: Recipe) -> Main:
         return Path(name)
 
     return main
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
 
 def test_a_run_says_in_order_what_it_should_and_leaves_a_whole_folder(

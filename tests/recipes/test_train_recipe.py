@@ -1,6 +1,5 @@
 """recipes/train.py: what it learns and leaves behind, its presets, exact resume, fine-tuning, and its errors."""
 
-import json
 import math
 import os
 import signal
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recipe_programs import TRAIN, TWO, run, same_tensors
+from recipe_programs import TRAIN, TWO, rows, run, same_tensors
 from torch import Tensor, nn
 
 from leaven.backbones import create, save
@@ -41,7 +40,6 @@ SMALL = [
 SHORT = ["--epochs", "2", "--limit-batches", "3"]
 ALL = ["--aa", "trivial", "--reprob", "0.5", "--mixup", "0.4", "--cutmix", "1", "--drop-path", "0.3"]
 ALL += ["--layer-decay", "0.7", "--model-ema-decay", "0.8", "--aug-repeats", "2", "--opt", "lamb"]
-TIMES = {"step_s", "data_s", "images_per_s", "peak_memory_mib"}
 
 
 @pytest.fixture
@@ -58,12 +56,6 @@ def train(recipe: Recipe) -> Main:
         return Path(name)
 
     return main
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what tells how fast it was."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
 
 def digits_by_hand(size: int, crop_pct: float) -> tuple[Tensor, Tensor]:
