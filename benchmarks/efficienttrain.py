@@ -25,8 +25,8 @@ LEDGER = RESULTS / "efficienttrain_runs.jsonl"
 NETS = {"resnet10t": "1.5e-3", "vit_tiny_patch16_224": "1e-3"}
 SEEDS = (0, 1, 2)
 COMMON = shlex.split(
-    "--workers 0 --batch-size 64 --mixed-precision bf16 --weight-decay 0.05 --warmup-epochs 2 --aa randaugment "
-    "--crop-pct 1.0 --save-every 100"
+    "--workers 0 --batch-size 64 --mixed-precision bf16 --channels-last --weight-decay 0.05 --warmup-epochs 2 "
+    "--aa randaugment --crop-pct 1.0 --save-every 100"
 )
 # Side, epochs of the baseline, share of the area that a crop takes.
 SETS = {"cifar": (64, 8, "0.5,1"), "photos": (128, 24, "0.35,1")}

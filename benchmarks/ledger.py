@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -55,9 +56,17 @@ class Ledger:
         row |= {"loss": round(statistics.mean(each["loss"] for each in log[-20:]), 4)}
         if "val_top1" in log[-1]:
             row["top1"] = round(log[-1]["val_top1"], 5)
+        row["card"] = card(folder / "README.md")
         with self.lock, self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             self.rows[run.name] = row
+
+
+def card(path: Path) -> dict[str, float]:
+    """The results in a run's model card, as numbers."""
+    results = path.read_text().split("## Results")[1].split("## Data")[0]
+    rows = re.findall(r"^\| (.+) \| ([\d.]+)(%?) \|$", results, re.MULTILINE)
+    return {what: float(value) / (100 if percent else 1) for what, value, percent in rows}
 
 
 def arguments(description: str | None, steps: Sequence[str]) -> argparse.Namespace:

@@ -60,10 +60,22 @@ def fixed_mask(model: SparK, images: Tensor, seed: int, number: int) -> Tensor:
 
 
 def draw_reconstructions(model: SparK, images: Images, path: Path) -> None:
-    """Eight held-out images: original, what the encoder sees, the prediction, and both pasted together."""
+    """Eight held-out images, see `reconstruction_columns`, as a picture."""
+    pixels = torch.cat([batch for batch, _ in images.whole(images.data.val, 8)])
+    columns = reconstruction_columns(model, pixels, fixed_mask(model, pixels, images.settings.seed, 0))
+    image_table(columns, path, mean=images.mean, std=images.std, caption=CAPTION)
+
+
+CAPTION = (
+    "Each predicted patch is given the brightness and contrast of the true one, as in the paper's figures: "
+    "only its pattern is predicted.\nVisible patches carry no loss; what is predicted there means nothing."
+)
+
+
+def reconstruction_columns(model: SparK, pixels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Images (B, C, H, W) under `mask`: original, what the encoder sees, the prediction, and both pasted together."""
     device = next(model.parameters()).device
-    pixels = torch.cat([batch for batch, _ in images.whole(images.data.val, 8)]).to(device)
-    mask = fixed_mask(model, pixels, images.settings.seed, 0).to(device)
+    pixels, mask = pixels.to(device), mask.to(device)
     predictions: list[Tensor] = []
     hook = model.decoder.register_forward_hook(lambda module, args, output: predictions.append(output))
     try:
@@ -71,14 +83,9 @@ def draw_reconstructions(model: SparK, images: Images, path: Path) -> None:
     finally:
         hook.remove()
     seen = mask.repeat_interleave(model.mask_cell, 1).repeat_interleave(model.mask_cell, 2).unsqueeze(1)
-    columns = {
+    return {
         "original": pixels,
         "seen": torch.where(seen, pixels, torch.zeros_like(pixels)),
         "predicted": reconstruction(predictions[0], pixels, torch.zeros_like(mask)),
         "predicted where hidden": pasted,
     }
-    caption = (
-        "Each predicted patch is given the brightness and contrast of the true one, as in the paper's figures: "
-        "only its pattern is predicted.\nVisible patches carry no loss; what is predicted there means nothing."
-    )
-    image_table(columns, path, mean=images.mean, std=images.std, caption=caption)
