@@ -13,6 +13,8 @@ from leaven.callbacks.core import (
 )
 from leaven.callbacks.ema import EMA
 from leaven.callbacks.knn_probe import KNNProbe
+from leaven.callbacks.second_moment import patch_second_moment
+from leaven.callbacks.tract import TrAct, remove_tract, tract, tract_gradient
 
 __all__ = [
     "EMA",
@@ -23,7 +25,12 @@ __all__ = [
     "NoEffectWarning",
     "Progress",
     "ResumeWarning",
+    "TrAct",
     "attach",
     "map_images",
+    "patch_second_moment",
+    "remove_tract",
+    "tract",
+    "tract_gradient",
     "updates",
 ]

@@ -37,7 +37,7 @@ from callback_toys import (
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from leaven.callbacks import EMA, Attached, Callback, KNNProbe, NoEffectWarning, attach, updates
+from leaven.callbacks import EMA, Attached, Callback, KNNProbe, NoEffectWarning, TrAct, attach, updates
 from leaven.callbacks.core import AttachError
 from leaven.curricula import EfficientTrain, Schedule, Stage
 
@@ -58,6 +58,7 @@ ROWS = {
     "EMA": Row(lambda: EMA(decay=0.9, warmup=True)),
     "KNNProbe": Row(lambda: KNNProbe(batch(900, 24), batch(901, 12), every=2, k=5)),
     "EfficientTrain": Row(lambda: EfficientTrain(SMALL_THEN_WHOLE, image_size=16)),
+    "TrAct": Row(TrAct),
     "ScaleInput": Row(ScaleInput),
     "InvertInput": Row(InvertInput),
     "CentreGradient": Row(CentreGradient),

@@ -1,0 +1,97 @@
+"""The second moment of what a first layer multiplies its weight with: the patches of its input."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Patches are laid out for so many numbers at a time: what fits into a processor's cache with its product.
+_CHUNK = 1 << 20
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def reason_against(layer: nn.Module) -> str | None:
+    """Why the rows of this layer's weight do not simply meet patches of its input, or None."""
+    kind = type(layer).__name__
+    plain = any(type(layer).forward is each.forward for each in (*_CONVOLUTIONS, nn.Linear))
+    if not plain and not _pads_by_size(layer):
+        return f"a {kind} is not a Linear or Conv1d to Conv3d as torch computes them"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return f"the weight of this {kind} is derived from other parameters"
+    return None
+
+
+@torch.no_grad()
+def patch_second_moment(x: Tensor, layer: nn.Module) -> tuple[Tensor, int]:
+    """The sum of u u^T over all inputs u that the weight of `layer` is multiplied with, and how many there are.
+
+    For a convolution u is a patch, in the order of ``weight.flatten(1)``, under the layer's own stride, dilation,
+    groups and padding; a patch at the border counts as one, with its padding. Not centred. Computed in float32, or in
+    float64 where `x` is that, whatever autocast says.
+
+    Args:
+        x: what the layer is called with, (B, C, ...) for a convolution, (..., C) for a Linear.
+        layer: a Linear, Conv1d, Conv2d or Conv3d, timm's ``Conv2dSame`` too.
+
+    Returns:
+        (groups, n, n), n = C / groups * kernel positions, and the number of patches.
+
+    Raises:
+        TypeError: another kind of layer.
+    """
+    if reason := reason_against(layer):
+        raise TypeError(f"no second moment: {reason}")
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if isinstance(layer, nn.Linear):
+            rows = x.reshape(-1, layer.in_features)
+            return (rows.mT @ rows)[None], len(rows)
+        return _of_convolution(x, layer)
+
+
+def _of_convolution(x: Tensor, layer: Any) -> tuple[Tensor, int]:
+    x = _padded(x if x.ndim == layer.weight.ndim else x[None], layer)
+    kernel, stride, dilation, groups = layer.kernel_size, layer.stride, layer.dilation, layer.groups
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    places = [(size - span) // s + 1 for size, span, s in zip(x.shape[2:], reach, stride, strict=True)]
+    batch, channels, *steps = x.stride()
+    within = [d * step for d, step in zip(dilation, steps, strict=True)]
+    between = [s * step for s, step in zip(stride, steps, strict=True)]
+    n = x.shape[1] // groups * _product(kernel)
+    total = x.new_zeros(groups, n, n)
+    # Patches that do not overlap are laid out as rows, so that what is read lies together; others as columns.
+    rows = all(s >= span for s, span in zip(stride, reach, strict=True))
+    for part in x.split(max(1, _CHUNK // (x.shape[1] * _product(kernel) * _product(places)))):
+        sizes, strides = (len(part), *places), (batch, *between)
+        inner, inner_strides = (x.shape[1], *kernel), (channels, *within)
+        if rows:
+            patches = part.as_strided((*sizes, *inner), (*strides, *inner_strides))
+            u = patches.reshape(-1, groups, n).permute(1, 2, 0)
+        else:
+            patches = part.as_strided((*inner, *sizes), (*inner_strides, *strides))
+            u = patches.reshape(groups, n, -1)
+        total.baddbmm_(u, u.mT)
+    return total, len(x) * _product(places)
+
+
+def _padded(x: Tensor, layer: Any) -> Tensor:
+    if _pads_by_size(layer):
+        from timm.layers.padding import pad_same
+
+        padded: Tensor = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
+        return padded
+    around = layer._reversed_padding_repeated_twice  # of all paddings and modes, "same" too
+    if not any(around):
+        return x
+    mode = layer.padding_mode
+    return F.pad(x, around, "constant" if mode == "zeros" else mode)
+
+
+def _pads_by_size(layer: nn.Module) -> bool:
+    """timm's ``Conv2dSame``, as in the networks that come from TensorFlow."""
+    return type(layer).__name__ == "Conv2dSame" and isinstance(layer, nn.Conv2d)
+
+
+def _product(sizes: Any) -> int:
+    return int(torch.Size(sizes).numel())

@@ -1,0 +1,330 @@
+"""TrAct: train the first layer as if its pre-activations were trained (Petersen et al., NeurIPS 2024)."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from leaven.callbacks.callback import Callback, Handle, NoEffectWarning, Progress
+from leaven.callbacks.hooks import Hook, Switch, watch
+from leaven.callbacks.second_moment import patch_second_moment, reason_against
+from leaven.callbacks.wrappers import AttachError
+
+# Systems up to this size are solved in float64.
+_SMALL = 256
+# Updates between looks at whether a moment could not be used: on a GPU each look waits for it.
+_LOOK = 50
+
+
+def tract_gradient(gradient: Tensor, moment: Tensor, lam: float) -> Tensor:
+    """The gradient of a first layer's weight times (C + lam I)^-1, C the second moment of its inputs.
+
+    The step -eta times it solves the ridge regression ||dz - dW x||^2 + lam b ||dW||^2 for the change of weight that
+    comes closest to a gradient step dz = -eta b dL/dz on the pre-activations, over a batch x of b inputs.
+
+    Solved by Cholesky, in float64 up to n = 256 and in float32 beyond. A gradient that is not finite gives one that
+    is not. Where the moment is not finite, the gradient comes back as it is.
+
+    Source: Petersen, Borgelt, Ermon 2024 (arXiv 2410.23970), section 3.
+
+    Args:
+        gradient: of the weight, (out, ...) with n numbers in each row.
+        moment: mean of u u^T over patches u, (n, n), or (groups, n, n) with the rows of a group together.
+        lam: greater than 0, in units of the inputs' variance.
+
+    Raises:
+        ValueError: lam is not greater than 0.
+    """
+    if not lam > 0:
+        raise ValueError(f"lam must be greater than 0, got {lam}")
+    result, _ = _solved(gradient, moment, lam)
+    return result
+
+
+def _solved(gradient: Tensor, moment: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    """`tract_gradient`, and whether the system could be solved: a tensor, for reading it would wait for a GPU."""
+    moment = moment if moment.ndim == 3 else moment[None]
+    groups, n, _ = moment.shape
+    double = n <= _SMALL and moment.device.type != "mps"
+    precision = torch.float64 if double else torch.promote_types(moment.dtype, torch.float32)
+    system = moment.to(precision) + lam * torch.eye(n, dtype=precision, device=moment.device)
+    factor, failures = torch.linalg.cholesky_ex(system)
+    good = (failures == 0).all() & torch.isfinite(system).all()
+    right = gradient.reshape(groups, -1, n).to(precision).mT
+    solved = torch.cholesky_solve(right, factor).mT.reshape(gradient.shape)
+    return torch.empty_like(gradient).copy_(torch.where(good, solved, gradient.to(precision))), good
+
+
+class TrAct(Callback):
+    """Trains the first layer as if its pre-activations were trained: its weight's gradient times (C + lam I)^-1.
+
+    C is the second moment of what the layer sees, of the current batch: directions that vary little in the images
+    are learnt faster. Only the gradient of the weight changes, before DDP's all-reduce and before clipping; forward
+    pass, state dict and bias are as ever. Assumes images normalised to mean 0 and standard deviation 1. Nothing
+    happens in eval mode, nor for a frozen weight. Under torch.compile the graph breaks at the first layer.
+
+    Source: Petersen, Borgelt, Ermon, TrAct, NeurIPS 2024 (arXiv 2410.23970).
+
+    Args:
+        lam: damping; 0.1 (default), 0.05 for short and 0.2 for long runs in the paper. Or a function of progress in
+            [0, 1].
+        layers: "auto" follows the input of the model to the layers that mix it first, or their names.
+        when: "backward" takes C and gradient of each backward pass, as the paper's code does. "step" makes the
+            micro-batches of gradient accumulation count as one batch: .grad is right after each of them.
+        sync: take C over all processes of torch.distributed, so that the update does not depend on their number.
+            All of them must then make the same number of training passes.
+
+    Raises:
+        ValueError: lam is not greater than 0, no layers, or an unknown `when`.
+        AttachError: on attaching: no first layer, an unknown name, or a weight that is frozen, shared or derived.
+    """
+
+    slot = "first-layer-gradient"
+    binds = "backbone"
+
+    def __init__(
+        self,
+        lam: float | Callable[[float], float] = 0.1,
+        layers: Literal["auto"] | Sequence[str] = "auto",
+        when: Literal["backward", "step"] = "backward",
+        sync: bool = True,
+    ) -> None:
+        if not callable(lam) and not lam > 0:
+            raise ValueError(f"lam must be greater than 0, got {lam}")
+        if when not in ("backward", "step"):
+            raise ValueError(f'when must be "backward" or "step", not {when!r}')
+        if isinstance(layers, str) and layers != "auto":
+            layers = (layers,)
+        if not layers:
+            raise ValueError('layers must be "auto" or the names of one layer or more')
+        self.lam, self.layers, self.when, self.sync = lam, layers, when, sync
+        self._first: list[_FirstLayer] = []
+
+    def setup(
+        self, model: nn.Module, optimizers: tuple[Optimizer, ...], progress: Progress
+    ) -> Iterable[Handle]:
+        names = _found(model) if isinstance(self.layers, str) else list(self.layers)
+        modules = dict(model.named_modules())
+        for name in names:
+            _check(model, name, modules.get(name))
+        self._progress = progress
+        self._first = [
+            _FirstLayer(modules[name], name, self._lam_now, self.when == "step", self.sync) for name in names
+        ]
+        for first in self._first:
+            yield from first.hooks()
+
+    def update(self) -> None:
+        for first in self._first:
+            first.forget()
+            if self._progress.step % _LOOK == 0:
+                first.report()
+
+    def logs(self) -> dict[str, float]:
+        return {}
+
+    def __repr__(self) -> str:
+        where = ", ".join(first.name for first in self._first) or self.layers
+        return f"TrAct(lam={self.lam}, layers={where!r}, when={self.when!r})"
+
+    def _lam_now(self) -> float:
+        if not callable(self.lam):
+            return self.lam
+        lam = self.lam(self._progress.fraction)
+        if not lam > 0:
+            raise ValueError(f"lam must be greater than 0, got {lam} at {self._progress}")
+        return lam
+
+
+def tract(layer: nn.Module, lam: float = 0.1, sync: bool = True) -> nn.Module:
+    """Make one layer a TrAct layer, in place, without `attach`: ``model.conv1 = tract(model.conv1)``.
+
+    Only its hooks change. `remove_tract` takes them off; deep copies do not have them.
+
+    Args:
+        layer: the first one of a model: Linear, or Conv1d to Conv3d.
+        lam, sync: see `TrAct`.
+
+    Returns:
+        The same layer.
+
+    Raises:
+        ValueError: lam is not greater than 0, a frozen weight, or a TrAct layer already.
+        TypeError: another kind of layer.
+    """
+    if not lam > 0:
+        raise ValueError(f"lam must be greater than 0, got {lam}")
+    if reason := reason_against(layer):
+        raise TypeError(f"no TrAct layer: {reason}")
+    if not _weight(layer).requires_grad:
+        raise ValueError("the layer's weight is frozen: there is nothing to train")
+    if any(_tract_hooks(layer)):
+        raise ValueError("this is a TrAct layer already: remove_tract first")
+    for handle in _FirstLayer(layer, type(layer).__name__, lambda: lam, False, sync).hooks():
+        watch(handle, layer, Switch(), tract.__name__)
+    return layer
+
+
+def remove_tract(layer: nn.Module) -> nn.Module:
+    """Undo `tract`, in place.
+
+    Raises:
+        ValueError: it is no TrAct layer.
+    """
+    hooks = list(_tract_hooks(layer))
+    if not hooks:
+        raise ValueError("this is no TrAct layer")
+    for of_kind, key in hooks:
+        del of_kind[key]
+        layer._forward_pre_hooks_with_kwargs.pop(key, None)  # keys are unique over all hooks
+    return layer
+
+
+def _tract_hooks(layer: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
+    of_weight: dict[int, Any] = _weight(layer)._backward_hooks or {}
+    for of_kind in (layer._forward_pre_hooks, of_weight):
+        for key, hook in list(of_kind.items()):
+            if isinstance(hook, Hook) and hook.owner == tract.__name__:
+                yield of_kind, key
+
+
+def _found(model: nn.Module) -> list[str]:
+    """The first layers of a model of images, by following an image through it."""
+    from leaven.backbones import first_layers
+    from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs
+
+    def follow(image: Tensor) -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return list(first_layers(model, image))
+
+    try:
+        _, found = first_that_runs(follow, candidate_images(model, None))
+    except UNSUITABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise AttachError(
+            f"TrAct cannot tell the first layer of {type(model).__name__}, which runs on no image that was tried "
+            f'({reason}): name it, as in TrAct(layers=["embed"])'
+        ) from error
+    names: list[str] = found
+    if not names:
+        raise AttachError(f"TrAct: no convolution or linear layer of {type(model).__name__} sees the input")
+    return names
+
+
+def _check(model: nn.Module, name: str, layer: nn.Module | None) -> None:
+    """Raise AttachError where TrAct would not be exact."""
+    of = f"{type(model).__name__}.{name}".rstrip(".")
+    if layer is None:
+        raise AttachError(f"TrAct: {type(model).__name__} has no layer {name!r}")
+    if reason := reason_against(layer):
+        raise AttachError(f"TrAct cannot train {of}: {reason}")
+    weight = _weight(layer)
+    if not weight.requires_grad:
+        raise AttachError(
+            f"TrAct has nothing to train: the weight of {of} is frozen; unfreeze it, then attach"
+        )
+    owners = [each for each, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    if len(owners) > 1:
+        raise AttachError(f"TrAct cannot train {of}: its weight is shared ({', '.join(owners)})")
+
+
+def _weight(layer: nn.Module) -> nn.Parameter:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+class _FirstLayer:
+    """One layer under TrAct: the second moment that its coming gradient is to be multiplied with."""
+
+    def __init__(
+        self, layer: nn.Module, name: str, lam: Callable[[], float], whole_step: bool, sync: bool
+    ) -> None:
+        self.layer, self.name, self.lam = layer, name, lam
+        self.whole_step, self.sync = whole_step, sync
+        self.forget()
+        self.bad: Tensor | None = None  # whether a moment could not be used
+        self.warned = False
+        # Of the micro-batches of this update: sum and count, their gradient, what .grad was given for it.
+        self.moment: Tensor | None = None
+        self.raw: Tensor | None = None
+        self.given: Tensor | None = None
+        self.left: tuple[int, int] | None = None  # .grad as the last backward pass left it
+
+    def hooks(self) -> Iterator[Handle]:
+        weight = _weight(self.layer)
+        yield self.layer.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        yield weight.register_hook(self.precondition)
+        if self.whole_step:
+            yield weight.register_post_accumulate_grad_hook(self.remember)
+
+    def forget(self) -> None:
+        """Drop what forward passes have left that no backward pass followed."""
+        self.pending: list[tuple[Any, Tensor]] = []
+
+    # Without this the sums would be constants of compiled code. It breaks the graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (layer.training and torch.is_grad_enabled() and _weight(layer).requires_grad):
+            return
+        total, count = patch_second_moment(args[0] if args else kwargs["input"], layer)
+        # The count travels with the sum.
+        packed = torch.cat([total.flatten(), total.new_tensor([count])])
+        work = None
+        if self.sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            work = dist.all_reduce(packed, async_op=True)  # awaited at the end of the backward pass
+        self.pending.append((work, packed))
+
+    def precondition(self, gradient: Tensor) -> Tensor:
+        if not self.pending:
+            self.warn(
+                f"TrAct leaves a gradient of {self.name} as it is: the forward pass was in eval mode or went around "
+                "the layer's hooks"
+            )
+            return gradient
+        for work, _ in self.pending:
+            if work is not None:
+                work.wait()
+        moment = torch.stack([packed for _, packed in self.pending]).sum(0)
+        self.forget()
+        if not self.whole_step:
+            return self.times_inverse(gradient, moment)
+        grad = _weight(self.layer).grad
+        goes_on = grad is not None and self.left == _identity(grad)
+        if goes_on and self.moment is not None and self.raw is not None:
+            moment, raw = self.moment + moment, self.raw + gradient
+        else:
+            raw = gradient
+        now = self.times_inverse(raw, moment)
+        change = now - self.given if goes_on and self.given is not None else now
+        self.moment, self.raw, self.given = moment, raw, now
+        return change
+
+    def times_inverse(self, gradient: Tensor, packed: Tensor) -> Tensor:
+        groups = getattr(self.layer, "groups", 1)
+        n = gradient[0].numel()
+        result, good = _solved(gradient, (packed[:-1] / packed[-1]).view(groups, n, n), self.lam())
+        self.bad = ~good if self.bad is None else self.bad | ~good
+        return result
+
+    def remember(self, weight: Tensor) -> None:
+        """Whoever touches .grad from here on (zeroes, unscales, clips it) ends the update's accumulation."""
+        assert weight.grad is not None
+        self.left = _identity(weight.grad)
+
+    def report(self) -> None:
+        if self.bad is not None and bool(self.bad):
+            self.warn(f"TrAct left gradients of {self.name} as they are: its inputs were not finite")
+
+    def warn(self, line: str) -> None:
+        if not self.warned:
+            warnings.warn(line, NoEffectWarning, stacklevel=2)
+        self.warned = True
+
+
+def _identity(grad: Tensor) -> tuple[int, int]:
+    return id(grad), grad._version
