@@ -12,6 +12,7 @@ from leaven.callbacks.core import (
     updates,
 )
 from leaven.callbacks.ema import EMA
+from leaven.callbacks.evonorm import EvoNorm, evo_norm, replace_norm_act
 from leaven.callbacks.knn_probe import KNNProbe
 from leaven.callbacks.second_moment import patch_second_moment
 from leaven.callbacks.tract import TrAct, remove_tract, tract, tract_gradient
@@ -21,15 +22,18 @@ __all__ = [
     "AttachError",
     "Attached",
     "Callback",
+    "EvoNorm",
     "KNNProbe",
     "NoEffectWarning",
     "Progress",
     "ResumeWarning",
     "TrAct",
     "attach",
+    "evo_norm",
     "map_images",
     "patch_second_moment",
     "remove_tract",
+    "replace_norm_act",
     "tract",
     "tract_gradient",
     "updates",

@@ -28,7 +28,7 @@ from leaven.callbacks.callback import (
     updates,
 )
 from leaven.callbacks.hooks import Hook, Switch, watch
-from leaven.callbacks.wrappers import AttachError, obstacles, unwrap_model, unwrap_optimizers
+from leaven.callbacks.wrappers import AttachError, counted_by, obstacles, unwrap_model, unwrap_optimizers
 
 __all__ = [
     "AttachError",
@@ -46,6 +46,8 @@ __all__ = [
 # How many updates may pass before a hook that never fired, or an optimizer that never stepped, is reported.
 _SILENT_UPDATES = 3
 _SILENT_ROUND = 1000
+# Callbacks of a lower order change the model itself.
+_SURGERY = 20
 # What a state may hold beside tensors and containers.
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
@@ -89,6 +91,7 @@ class Attached:
         self.progress = Progress(total_steps)
         _check_claims(self.callbacks)
         _check_obstacles(model, self.callbacks)
+        _check_surgery(model, self.callbacks)
         self._optimizers = unwrap_optimizers(optimizer)
         self._round = [0] * len(self._optimizers)  # updates of each optimizer since the last count
         self._optimizers_report = False
@@ -282,6 +285,15 @@ def _check_obstacles(model: nn.Module, callbacks: Sequence[Callback], ignored: s
         refused = [callback.name for callback in callbacks if kind not in callback.supports]
         if refused and kind != ignored:
             raise AttachError(f"cannot attach {', '.join(refused)} to {type(model).__name__}: {line}")
+
+
+def _check_surgery(model: nn.Module, callbacks: Sequence[Callback]) -> None:
+    surgery = [callback.name for callback in callbacks if callback.order < _SURGERY]
+    if surgery and (wrapper := counted_by(model)):
+        raise AttachError(
+            f"{', '.join(surgery)} changes the parameters of {type(unwrap_model(model)).__name__}: attach it "
+            f"before it is wrapped in {wrapper} (before accelerator.prepare)"
+        )
 
 
 def _check_plain(value: Any, owner: str) -> None:

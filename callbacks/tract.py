@@ -257,7 +257,9 @@ class _FirstLayer:
 
     def hooks(self) -> Iterator[Handle]:
         weight = _weight(self.layer)
-        yield self.layer.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        # Breaks a compiled graph, whose constants the sums would be otherwise. No decorator: it imports the compiler.
+        before_forward = torch.compiler.disable(self.before_forward)
+        yield self.layer.register_forward_pre_hook(before_forward, with_kwargs=True)
         yield weight.register_hook(self.precondition)
         if self.whole_step:
             yield weight.register_post_accumulate_grad_hook(self.remember)
@@ -266,8 +268,6 @@ class _FirstLayer:
         """Drop what forward passes have left that no backward pass followed."""
         self.pending: list[tuple[Any, Tensor]] = []
 
-    # Without this the sums would be constants of compiled code. It breaks the graph.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (layer.training and torch.is_grad_enabled() and _weight(layer).requires_grad):
             return

@@ -32,6 +32,15 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def counted_by(model: nn.Module) -> str | None:
+    """The wrapper around `model` that goes by the parameters that it found, if there is one."""
+    while attribute := next((_WRAPPERS[name] for name in _class_names(model) if name in _WRAPPERS), None):
+        if "DistributedDataParallel" in _class_names(model):
+            return "DistributedDataParallel"
+        model = getattr(model, attribute)
+    return None
+
+
 def unwrap_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
     """The torch optimizers below accelerate's and Lightning's wrappers, each once; None gives none.
 

@@ -20,11 +20,12 @@ class TinyNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4)
+        self.act = nn.ReLU()
         self.drop = nn.Dropout(0.2)
         self.head = nn.Linear(4, classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.stem(x)))
+        return self.act(self.norm(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(x.mean((2, 3)))

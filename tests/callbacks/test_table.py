@@ -37,7 +37,17 @@ from callback_toys import (
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from leaven.callbacks import EMA, Attached, Callback, KNNProbe, NoEffectWarning, TrAct, attach, updates
+from leaven.callbacks import (
+    EMA,
+    Attached,
+    Callback,
+    EvoNorm,
+    KNNProbe,
+    NoEffectWarning,
+    TrAct,
+    attach,
+    updates,
+)
 from leaven.callbacks.core import AttachError
 from leaven.curricula import EfficientTrain, Schedule, Stage
 
@@ -59,6 +69,7 @@ ROWS = {
     "KNNProbe": Row(lambda: KNNProbe(batch(900, 24), batch(901, 12), every=2, k=5)),
     "EfficientTrain": Row(lambda: EfficientTrain(SMALL_THEN_WHOLE, image_size=16)),
     "TrAct": Row(TrAct),
+    "EvoNorm": Row(EvoNorm, surgery=True),
     "ScaleInput": Row(ScaleInput),
     "InvertInput": Row(InvertInput),
     "CentreGradient": Row(CentreGradient),
@@ -132,6 +143,8 @@ def test_removes_cleanly(name: str) -> None:
     attached.remove()
     assert hook_count(trained, optimizer) == 0
     trained_as_plain = TinyNet()
+    if ROWS[name].surgery:  # which stays, once trained
+        attach(trained_as_plain, None, ROWS[name].make(), total_steps=1)
     trained_as_plain.load_state_dict(trained.state_dict())
     assert torch.equal(logits(trained), logits(trained_as_plain))
 
@@ -325,6 +338,10 @@ def worker(out: Path) -> None:
                 model = DDP(net)
             else:
                 model = DDP(net)
+                if row.surgery:  # DDP has counted the parameters
+                    with pytest.raises(AttachError, match="before it is wrapped in DistributedDataParallel"):
+                        attach(model, optimizer, row.make(), total_steps=TOTAL)
+                    continue
                 attached = attach(model, optimizer, row.make(), total_steps=TOTAL)
             for seed in range(4):
                 train_step(model, optimizer, 10 * rank + seed)
@@ -445,6 +462,9 @@ def test_trains_under_ddp_and_accelerate_in_two_processes(
     name: str, when: str, two_processes: list[dict[str, Any]]
 ) -> None:
     for results in two_processes:
+        if ROWS[name].surgery and when == "after":
+            assert f"{name} {when}" not in results  # refused there
+            continue
         result = results[f"{name} {when}"]
         assert result["step"] == 4
         assert result["weights agree"]

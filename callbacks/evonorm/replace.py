@@ -1,0 +1,389 @@
+"""Find where a network normalises and then activates, and put one layer there instead."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from leaven.callbacks.callback import NoEffectWarning
+
+# What counts as the activation of a pair; gates (sigmoid, tanh) do not.
+_ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Hardtanh, nn.Softplus,
+)  # fmt: skip
+_TIMMS = {
+    "Swish",
+    "HardSwish",
+    "HardSwishMe",
+    "HardMish",
+    "HardMishMe",
+    "Mish",
+    "GELU",
+    "GELUTanh",
+    "QuickGELU",
+    "PReLU",
+}
+_FUNCTIONS = {
+    "relu", "relu_", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu", "silu", "mish",
+    "hardswish", "hardtanh", "softplus",
+}  # fmt: skip
+
+
+class NormActFactory(Protocol):
+    """Makes a layer for so many channels, with its activation or without."""
+
+    def __call__(self, num_features: int, *, apply_act: bool) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """One BatchNorm of the network.
+
+    Attributes:
+        name: of the BatchNorm.
+        activation: the name of the activation that went with it, "inside" where it was part of the same layer, or
+            "none".
+        skipped: why it was left as it is; empty where it was replaced.
+    """
+
+    name: str
+    activation: str
+    skipped: str = ""
+
+
+@dataclass
+class Report:
+    """What `replace_norm_act` did, in the order of the network's modules; str() shows it as a table.
+
+    Attributes:
+        sites: every BatchNorm.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    @property
+    def replaced(self) -> list[Site]:
+        """Where the new layer is now."""
+        return [site for site in self.sites if not site.skipped]
+
+    @property
+    def skipped(self) -> list[Site]:
+        """What was left, with reasons."""
+        return [site for site in self.sites if site.skipped]
+
+    def undo(self) -> None:
+        """Put the network's own layers back, and take added parameters out of the optimizers."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __str__(self) -> str:
+        wide = max((len(site.name) for site in self.sites), default=0)
+        lines = [
+            f"{site.name:{wide}}  {site.skipped or 'replaced, activation: ' + site.activation}"
+            for site in self.sites
+        ]
+        return "\n".join([*lines, f"{len(self.replaced)} of {len(self.sites)} BatchNorm layers replaced"])
+
+
+def replace_norm_act(
+    model: nn.Module,
+    factory: NormActFactory,
+    *,
+    example: Tensor | None = None,
+    optimizers: Sequence[Optimizer] = (),
+) -> Report:
+    """Replace each BatchNorm2d and the activation behind it by one layer, in place.
+
+    The network is run once on an image to see what follows each BatchNorm, whatever its names and classes are. timm's
+    fused layers are replaced one for one. A BatchNorm that no activation follows is replaced by the layer without its
+    activation. Where a block calls a function (``F.relu``), or a module that it calls elsewhere too (torchvision's
+    ResNets), it becomes a ``torch.fx.GraphModule`` without that call, with the same names.
+
+    Weight and bias stay the BatchNorm's own parameters, so an optimizer goes on with them; parameters that are new
+    (EvoNorm's v) join the group of the weight beside them. Running statistics are copied by name.
+
+    Args:
+        model: not called through torch.compile yet.
+        factory: ``factory(num_features, apply_act=...)``, such as ``partial(evo_norm, "s0")`` with its channels second.
+        example: images (B, C, H, W) that the model takes; some are tried where it is missing.
+        optimizers: those of the model, where they exist already.
+
+    Returns:
+        What was replaced and what was skipped; ``.undo()`` takes it all back.
+
+    Raises:
+        ValueError: the model runs on no image, before or after; nothing is left half done.
+    """
+    watch = _run(model, example)
+    report = Report()
+    try:
+        _replace(model, watch, factory, optimizers, report)
+        if report.replaced:
+            _run(model, example)
+    except BaseException:
+        report.undo()
+        raise
+    if not report.replaced:
+        why = "it has no BatchNorm2d" if not report.sites else f"all was skipped:\n{report}"
+        warnings.warn(
+            f"no layer of {type(model).__name__} was replaced: {why}", NoEffectWarning, stacklevel=2
+        )
+    return report
+
+
+def _run(model: nn.Module, example: Tensor | None) -> _Watch:
+    from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, untouched
+
+    def once(images: Tensor) -> _Watch:
+        watch = _Watch(model)
+        with (
+            watch.hooked(),
+            untouched(model),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            watch,
+        ):
+            model(images)
+        return watch
+
+    try:
+        _, watch = first_that_runs(
+            once, candidate_images(model, None) if example is None else iter([example])
+        )
+    except UNSUITABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"cannot see the layers of {type(model).__name__} at work, for it does not run ({reason}): give an example"
+        ) from error
+    found: _Watch = watch
+    return found
+
+
+@dataclass
+class _Call:
+    """One output of a BatchNorm, and what became of it."""
+
+    norm: nn.Module
+    output: Tensor
+    uses: list[tuple[str, nn.Module, nn.Module]] = field(default_factory=list)  # function, within, called by
+
+
+class _Watch(TorchFunctionMode):
+    """Runs along and notes who uses the outputs of BatchNorm layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.calls: dict[nn.Module, list[_Call]] = {}
+        self.act_calls: Counter[nn.Module] = Counter()
+        self._live: dict[int, _Call] = {}
+        self._running: list[nn.Module] = []
+
+    def hooked(self) -> Any:
+        from contextlib import ExitStack
+
+        stack = ExitStack()
+        for module in self.model.modules():
+            stack.callback(module.register_forward_pre_hook(self._enter).remove)
+            stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+        return stack
+
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        self._running.append(module)
+        if _is_activation(module):
+            self.act_calls[module] += 1
+
+    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
+        self._running.pop()
+        if isinstance(module, nn.BatchNorm2d) and isinstance(output, Tensor):
+            call = _Call(module, output)  # keeps the tensor, so that no id is used twice
+            self.calls.setdefault(module, []).append(call)
+            self._live[id(output)] = call
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        results = [id(x) for x in _tensors(result)]
+        if results:
+            for x in _tensors((args, kwargs)):
+                if call := self._live.get(id(x)):
+                    caller = self._running[-2] if len(self._running) > 1 else self._running[-1]
+                    call.uses.append((getattr(func, "__name__", str(func)), self._running[-1], caller))
+                    if id(x) in results:  # in place: from here on it is the activation's output
+                        del self._live[id(x)]
+        return result
+
+
+@dataclass
+class _Plan:
+    """What is to be done about one BatchNorm: its activation as a module or a function, and whose code calls that."""
+
+    name: str
+    activation: str = "none"
+    skipped: str = ""
+    act: nn.Module | None = None
+    owner: nn.Module | None = None
+
+
+def _replace(
+    model: nn.Module, watch: _Watch, factory: NormActFactory, optimizers: Sequence[Optimizer], report: Report
+) -> None:
+    names = {module: name for name, module in model.named_modules()}
+    plans = {norm: _plan(norm, watch, names) for norm in names if isinstance(norm, nn.BatchNorm2d)}
+    pairs = Counter(plan.act for plan in plans.values())
+    for norm, plan in plans.items():
+        alone = plan.act is not None and watch.act_calls[plan.act] == pairs[plan.act]
+        if plan.owner is not None and not alone:
+            plan.skipped = _without_call(model, norm, plan, names, report)
+        report.sites.append(Site(plan.name, plan.activation, plan.skipped))
+        if plan.skipped:
+            continue
+        layer = factory(norm.num_features, apply_act=plan.activation != "none")
+        _take_over(norm, layer, optimizers, report)
+        _put(model, norm, layer, report)
+        if alone and plan.act is not None:
+            _put(model, plan.act, nn.Identity(), report)
+
+
+def _plan(norm: nn.BatchNorm2d, watch: _Watch, names: dict[nn.Module, str]) -> _Plan:
+    name, calls = names[norm], watch.calls.get(norm, [])
+    if len(calls) != 1:
+        return _Plan(name, skipped="it is used more than once" if calls else "it was not used")
+    if hasattr(norm, "act"):  # timm's BatchNormAct2d
+        if not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):
+            return _Plan(name, "inside", "it drops activations inside")
+        return _Plan(name, "none" if isinstance(norm.act, nn.Identity) else "inside")
+    uses = calls[0].uses
+    for function, within, caller in uses:
+        is_module = _is_activation(within)
+        if is_module or function in _FUNCTIONS:
+            activation = names.get(within, "?") if is_module else function
+            if len(uses) > 1:
+                return _Plan(name, activation, "its output is used beside the activation too")
+            return _Plan(name, activation, "", *((within, caller) if is_module else (None, within)))
+    return _Plan(name)
+
+
+def _without_call(
+    model: nn.Module, norm: nn.Module, plan: _Plan, names: dict[nn.Module, str], report: Report
+) -> str:
+    """Make the code of `plan.owner` leave out the activation behind `norm`; or say why that cannot be."""
+    assert plan.owner is not None
+    here = names[plan.owner]
+    what = "is a function" if plan.act is None else "serves other places too"
+    because = f"its activation {plan.activation} {what}"
+    if not here:
+        return f"{because}, in the code of the model itself"
+    owner = model.get_submodule(here)  # a graph by now, if it had another such pair
+    if owner._forward_hooks or owner._forward_pre_hooks:
+        return f"{because}, and {here} has hooks"
+    try:
+        graph = owner.graph if isinstance(owner, fx.GraphModule) else _Shallow().trace(owner)
+    except (
+        fx.proxy.TraceError,
+        AttributeError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        return f"{because}, and {here} cannot be traced ({' '.join(str(error).split())[:100]})"
+    assert isinstance(graph, fx.Graph)
+    if any("training" in node.kwargs for node in graph.nodes):
+        return f"{because}, and {here} asks whether it is training"
+    own = dict(owner.named_modules())
+    modules = {node: own.get(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    for node in graph.nodes:
+        function = getattr(node.target, "__name__", node.target)
+        if (modules.get(node) is plan.act) if plan.act is not None else (function == plan.activation):
+            source = node.args[0]
+            while isinstance(modules.get(source), nn.Identity):
+                source = source.args[0]
+            if modules.get(source) is norm:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+                break
+    else:
+        return f"{because}, and its call was not found in the code of {here}"
+    shallow = fx.GraphModule(owner, graph, type(plan.owner).__name__)
+    shallow.train(owner.training)
+    _put(model, owner, shallow, report)
+    return ""
+
+
+class _Shallow(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _take_over(norm: nn.Module, layer: nn.Module, optimizers: Sequence[Optimizer], report: Report) -> None:
+    """Parameters of the same name and shape stay the same objects; new ones join the optimizers."""
+    like = norm.weight if isinstance(norm.weight, Tensor) else norm.running_mean
+    if isinstance(like, Tensor):
+        layer.to(device=like.device, dtype=like.dtype)
+    layer.train(norm.training)
+    for key, parameter in list(layer.named_parameters(recurse=False)):
+        old = norm._parameters.get(key)
+        if old is not None and old.shape == parameter.shape:
+            layer._parameters[key] = old
+    for key, buffer in layer.named_buffers(recurse=False):
+        old_buffer = norm._buffers.get(key)
+        if old_buffer is not None and old_buffer.shape == buffer.shape:
+            buffer.data.copy_(old_buffer)
+    known = {id(p) for p in norm.parameters()}
+    added = [p for p in layer.parameters() if id(p) not in known]
+    for group in _groups(norm, optimizers) if added else ():
+        group["params"].extend(added)
+        report._undo.append(partial(_take_out, group, added))
+
+
+def _groups(norm: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[dict[str, Any]]:
+    """The group that holds the BatchNorm's weight; one without a weight adds to the first group of all."""
+    weight = norm.weight
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if weight is None or any(p is weight for p in group["params"]):
+                yield group
+                return
+
+
+def _take_out(group: dict[str, Any], added: list[nn.Parameter]) -> None:
+    gone = {id(p) for p in added}
+    group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module, report: Report) -> None:
+    """In all places where the model holds `old`."""
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[key] = new
+                report._undo.append(partial(parent._modules.__setitem__, key, old))
+
+
+def _is_activation(module: nn.Module) -> bool:
+    timms = type(module).__module__.startswith("timm.layers.") and type(module).__name__ in _TIMMS
+    return timms or isinstance(module, _ACTIVATIONS)
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple):
+        for item in x:
+            yield from _tensors(item)
+    elif isinstance(x, dict):
+        yield from _tensors(list(x.values()))
