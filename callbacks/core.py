@@ -47,7 +47,7 @@ __all__ = [
 _SILENT_UPDATES = 3
 _SILENT_ROUND = 1000
 # Callbacks of a lower order change the model itself.
-_SURGERY = 20
+SURGERY = 20
 # What a state may hold beside tensors and containers.
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
@@ -288,7 +288,7 @@ def _check_obstacles(model: nn.Module, callbacks: Sequence[Callback], ignored: s
 
 
 def _check_surgery(model: nn.Module, callbacks: Sequence[Callback]) -> None:
-    surgery = [callback.name for callback in callbacks if callback.order < _SURGERY]
+    surgery = [callback.name for callback in callbacks if callback.order < SURGERY]
     if surgery and (wrapper := counted_by(model)):
         raise AttachError(
             f"{', '.join(surgery)} changes the parameters of {type(unwrap_model(model)).__name__}: attach it "
