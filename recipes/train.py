@@ -8,14 +8,16 @@ Without --data it trains on scikit-learn's digits: a smoke test that takes minut
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from leaven.backbones import layer_groups, resolve
-from leaven.callbacks import EMA, AttachError, attach
+from leaven.callbacks import EMA, AttachError, EvoNorm, TrAct, attach, evo_norm, replace_norm_act
 from leaven.pretext import Output, Supervised
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
@@ -31,6 +33,8 @@ from leaven.recipes.common.policies import mixing
 from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import leave_group, read_settings, start, synchronised
 from leaven.recipes.common.validation import Validation
+
+EVONORMS = tuple(f"evonorm_{kind}" for kind in ("b0", "b1", "b2", "s0", "s1", "s2"))
 
 
 @dataclass
@@ -53,12 +57,13 @@ class TrainSettings(CurriculumSettings):
     cutmix: float = flag(0.0, "CutMix's alpha; 0: without. With both, each batch gets one of them")
     aug_repeats: int = flag(1, "repeated augmentation: views of an image in an epoch, of fewer images")
     model_ema_decay: float | None = flag(None, "decay of the weights' moving average; none: no average")
+    tract_lam: float = flag(0.1, "damping of the callback tract")
     model_ema_warmup: bool = flag(False, "let that decay grow with the updates; for short runs")
     eval_every: int = flag(1, "epochs between measurements on the held-out images")
     crop_pct: float = flag(0.95, "share of the resized held-out image that the centre crop keeps, per side")
 
     FREE = CurriculumSettings.FREE | {"eval_every", "crop_pct"}
-    CALLBACKS = ("efficienttrain", "ema")
+    CALLBACKS = ("efficienttrain", "ema", "tract", *EVONORMS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +71,14 @@ class TrainSettings(CurriculumSettings):
             self.model_ema_decay = 0.9999
         if self.model_ema_warmup and self.model_ema_decay is None:
             raise UserError("--model-ema-warmup is of an average: add --model-ema-decay or --callbacks ema")
+        if not self.tract_lam > 0:
+            raise UserError(f"--tract-lam must be greater than 0, got {self.tract_lam}")
+        if self.tract_lam != 0.1 and "tract" not in self.callbacks:
+            raise UserError("--tract-lam is of a callback: add --callbacks tract")
+        if sum(name in EVONORMS for name in self.callbacks) > 1:
+            raise UserError(
+                f"--callbacks {','.join(self.callbacks)}: one EvoNorm takes the place of all others"
+            )
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -115,8 +128,14 @@ def main(argv: list[str] | None = None) -> None:
     """Read the flags and train."""
     settings = read_settings(TrainSettings, argv, PRESETS)
     if settings.dry_run:
-        return dry_run(train, replace(settings, labels=None), classes=10)
+        return dry_run(train, replace(settings, labels=None), classes=10, surgery=surgery(settings))
     train(settings, find_data(settings))
+
+
+def surgery(settings: TrainSettings) -> Callable[[nn.Module], object] | None:
+    """What --callbacks evonorm_... does to the plain network."""
+    kinds = [name.removeprefix("evonorm_") for name in settings.callbacks if name in EVONORMS]
+    return partial(replace_norm_act, factory=partial(evo_norm, kinds[0])) if kinds else None
 
 
 def train(settings: TrainSettings, data: Data) -> None:
@@ -174,9 +193,17 @@ def train(settings: TrainSettings, data: Data) -> None:
         output: Output = model(pixels, targets)
         return output
 
-    observers = [each for each in (curriculum, ema, validation) if each is not None]
+    evonorms = [EvoNorm(name.removeprefix("evonorm_")) for name in settings.callbacks if name in EVONORMS]
+    # Whole updates: what is learnt does not depend on --grad-accum-steps.
+    tract = TrAct(settings.tract_lam, when="step") if "tract" in settings.callbacks else None
+    observers = [each for each in (tract, curriculum, ema, validation) if each is not None]
     with user_errors(AttachError):
-        callbacks = attach(objective, optimizer, *observers, total_steps=plan.total)
+        callbacks = attach(objective, optimizer, *evonorms, *observers, total_steps=plan.total)
+    lines = [repr(tract)] if tract is not None else []
+    lines += [f"EvoNorm-{each.kind}: {line}" for each in evonorms for line in each.report.summary()]
+    for line in lines:
+        accelerator.print(line)
+    how += lines
     with callbacks:
         fit(accelerator, objective, optimizer, loader, forward, plan, settings, run, callbacks)
     if not leave_group(accelerator):
@@ -209,9 +236,19 @@ def train(settings: TrainSettings, data: Data) -> None:
         results=results,
         in_chans=settings.in_chans,
         num_classes=classes,
+        surgery=[line for each in evonorms for line in _code(each.kind)],
     )
     print(f"run folder: {run.path} (weights, model card, log, plots/loss.png)")
     accelerator.end_training()
+
+
+def _code(kind: str) -> list[str]:
+    """For the model card."""
+    return [
+        "from functools import partial",
+        "from leaven.callbacks import evo_norm, replace_norm_act",
+        f'replace_norm_act(backbone, partial(evo_norm, "{kind}"))',
+    ]
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ _TIMMS = {
     "QuickGELU",
     "PReLU",
 }
+# SyncBatchNorm is what DDP's users convert to; in eval mode it is the same layer.
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _FUNCTIONS = {
     "relu", "relu_", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu", "silu", "mish",
     "hardswish", "hardtanh", "softplus",
@@ -87,13 +89,18 @@ class Report:
         while self._undo:
             self._undo.pop()()
 
+    def summary(self) -> list[str]:
+        """How many were replaced, and a line for each that was not."""
+        skipped = [f"{site.name} is left: {site.skipped}" for site in self.skipped]
+        return [f"{len(self.replaced)} of {len(self.sites)} BatchNorm layers replaced", *skipped]
+
     def __str__(self) -> str:
         wide = max((len(site.name) for site in self.sites), default=0)
         lines = [
             f"{site.name:{wide}}  {site.skipped or 'replaced, activation: ' + site.activation}"
             for site in self.sites
         ]
-        return "\n".join([*lines, f"{len(self.replaced)} of {len(self.sites)} BatchNorm layers replaced"])
+        return "\n".join([*lines, self.summary()[0]])
 
 
 def replace_norm_act(
@@ -206,7 +213,7 @@ class _Watch(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
         self._running.pop()
-        if isinstance(module, nn.BatchNorm2d) and isinstance(output, Tensor):
+        if isinstance(module, _NORMS) and isinstance(output, Tensor):
             call = _Call(module, output)  # keeps the tensor, so that no id is used twice
             self.calls.setdefault(module, []).append(call)
             self._live[id(output)] = call
@@ -242,7 +249,7 @@ def _replace(
     model: nn.Module, watch: _Watch, factory: NormActFactory, optimizers: Sequence[Optimizer], report: Report
 ) -> None:
     names = {module: name for name, module in model.named_modules()}
-    plans = {norm: _plan(norm, watch, names) for norm in names if isinstance(norm, nn.BatchNorm2d)}
+    plans = {norm: _plan(norm, watch, names) for norm in names if isinstance(norm, _NORMS)}
     pairs = Counter(plan.act for plan in plans.values())
     for norm, plan in plans.items():
         alone = plan.act is not None and watch.act_calls[plan.act] == pairs[plan.act]
@@ -258,7 +265,7 @@ def _replace(
             _put(model, plan.act, nn.Identity(), report)
 
 
-def _plan(norm: nn.BatchNorm2d, watch: _Watch, names: dict[nn.Module, str]) -> _Plan:
+def _plan(norm: nn.Module, watch: _Watch, names: dict[nn.Module, str]) -> _Plan:
     name, calls = names[norm], watch.calls.get(norm, [])
     if len(calls) != 1:
         return _Plan(name, skipped="it is used more than once" if calls else "it was not used")

@@ -26,6 +26,7 @@ def write_card(
     results: Sequence[tuple[str, str]],
     in_chans: int = 3,
     num_classes: int = 0,
+    surgery: Sequence[str] = (),
 ) -> None:
     """Write README.md.
 
@@ -38,6 +39,7 @@ def write_card(
         results: (what, value), in the order to show.
         in_chans: channels that the backbone reads.
         num_classes: of its classifier, 0 for none.
+        surgery: lines of code that make the plain `backbone` what was trained.
 
     Raises:
         UserError: it cannot be written.
@@ -64,6 +66,7 @@ def write_card(
         "from safetensors.torch import load_file",
         "",
         f"backbone = {plain}",
+        *surgery,
         'backbone.load_state_dict(load_file("backbone.safetensors"))',
         "```",
         "",

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
-from leaven.backbones import load, resolve
+from leaven.backbones import create, load, resolve
 from leaven.recipes.common.checkpoint import listing
 from leaven.recipes.common.checkpoint import load as load_checkpoint
 from leaven.recipes.common.data import Data
@@ -22,13 +23,19 @@ from leaven.recipes.common.start import resolve as final_settings
 S = TypeVar("S", bound=LoopSettings)
 
 
-def dry_run(train: Callable[[S, Data], None], settings: S, classes: int = 0) -> None:
+def dry_run(
+    train: Callable[[S, Data], None],
+    settings: S,
+    classes: int = 0,
+    surgery: Callable[[nn.Module], object] | None = None,
+) -> None:
     """Train two updates on noise, again from the checkpoint between them, and load what was exported.
 
     Args:
         train: the recipe; it prints and writes its run folder as always.
         settings: of a real run; what makes it long or needs data is replaced.
         classes: label the noise with so many classes, for a recipe that needs labels.
+        surgery: makes the plain backbone what is exported.
 
     Raises:
         UserError: more than one process.
@@ -62,12 +69,18 @@ def dry_run(train: Callable[[S, Data], None], settings: S, classes: int = 0) -> 
         train(replace(small, resume="auto"), data)
         after = load_checkpoint(listing(run.checkpoints)[0])["model"]
         apart = max(float((before[key].double() - after[key].double()).abs().max()) for key in before)
-        load(resolve(settings.backbone), run.backbone)
+        if surgery is None:
+            load(resolve(settings.backbone), run.backbone)
+        else:
+            plain = create(settings.backbone, in_chans=settings.in_chans, num_classes=classes)
+            surgery(plain)
+            load(plain, run.backbone)
         print(
             f"dry run: resumed from {first.name}; weights differ by at most {apart:g} from those without the break"
         )
         print(
-            "dry run: exported weights load into the plain backbone; all works here (on noise in place of the data)"
+            f"dry run: exported weights load into the plain backbone{' after its surgery' if surgery else ''}; all "
+            "works here (on noise in place of the data)"
         )
 
 

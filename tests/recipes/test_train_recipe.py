@@ -66,6 +66,32 @@ def digits_by_hand(size: int, crop_pct: float) -> tuple[Tensor, Tensor]:
     return images, torch.tensor([data.val.label(i) for i in range(len(data.val))])
 
 
+# --- callbacks ---------------------------------------------------------------------------------------------------
+
+
+def test_methods_by_name(train: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    """TrAct and EvoNorm act; what is exported is the changed network, and the card says how to build it."""
+    import timm
+    from safetensors.torch import load_file
+
+    plain = train("plain", "--crop-scale", "1,1")
+    capsys.readouterr()
+    folder = train("out", "--crop-scale", "1,1", "--callbacks", "tract,evonorm_s0", "--tract-lam", "0.2")
+    said = capsys.readouterr().out
+    norms = sum("running_var" in key for key in timm.create_model("test_resnet").state_dict())
+    assert f"EvoNorm-s0: {norms} of {norms} BatchNorm layers replaced" in said
+    assert "TrAct(lam=0.2, layers=" in said
+    assert rows(folder)[0]["loss"] != rows(plain)[0]["loss"]
+    code = (folder / "README.md").read_text().split("```python")[1].split("```")[0]
+    assert 'replace_norm_act(backbone, partial(evo_norm, "s0"))' in code
+    found: dict[str, Any] = {}
+    code = code.replace('"backbone.safetensors"', repr(str(folder / "backbone.safetensors")))
+    exec(code, found)
+    weights = load_file(folder / "backbone.safetensors")
+    assert all(torch.equal(found["backbone"].state_dict()[key], value) for key, value in weights.items())
+    assert any(key.endswith(".v") for key in weights)
+
+
 # --- what comes out ----------------------------------------------------------------------------------------------
 
 
@@ -415,6 +441,9 @@ def test_a_rate_that_explodes_ends_in_one_line(complaint: Callable[..., str]) ->
         (["--mixup", "0.2", "--batch-size", "9"], ["--mixup", "--batch-size 9 must be even"]),
         (["--smoothing", "1"], ["smoothing", "1.0"]),
         (["--hflip", "1.5"], ["--hflip must be between 0 and 1"]),
+        (["--callbacks", "evonorm_s0,evonorm_b0"], ["one EvoNorm takes the place of all others"]),
+        (["--tract-lam", "0.2"], ["--tract-lam is of a callback: add --callbacks tract"]),
+        (["--callbacks", "tract", "--tract-lam", "0"], ["--tract-lam must be greater than 0"]),
         (["--layer-decay", "-1"], ["--layer-decay must be between 0 and 1"]),
         (["--crop-pct", "0"], ["--crop-pct"]),
         (["--eval-every", "0"], ["--eval-every"]),
