@@ -56,6 +56,9 @@ class Ledger:
         row |= {"loss": round(statistics.mean(each["loss"] for each in log[-20:]), 4)}
         if "val_top1" in log[-1]:
             row["top1"] = round(log[-1]["val_top1"], 5)
+        curve = [(each["step"], round(each["val_top1"], 5)) for each in log if "val_top1" in each]
+        if len(curve) > 1:
+            row["curve"] = curve
         row["card"] = card(folder / "README.md")
         with self.lock, self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Patches are laid out for so many numbers at a time: what fits into a processor's cache with its product.
-_CHUNK = 1 << 20
+# Patches are laid out in parts of so many numbers: on a CPU what its cache holds, elsewhere few parts.
+_PART = {"cpu": 1 << 18}
+_LARGE_PART = 1 << 26
+# From this size on a product is made of blocks, those below the diagonal left out.
+_BLOCKS_FROM = 96
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -60,19 +63,32 @@ def _of_convolution(x: Tensor, layer: Any) -> tuple[Tensor, int]:
     between = [s * step for s, step in zip(stride, steps, strict=True)]
     n = x.shape[1] // groups * _product(kernel)
     total = x.new_zeros(groups, n, n)
+    inner, inner_strides = (x.shape[1], *kernel), (channels, *within)
+    outer, outer_strides = (len(x), *places), (batch, *between)
     # Patches that do not overlap are laid out as rows, so that what is read lies together; others as columns.
     rows = all(s >= span for s, span in zip(stride, reach, strict=True))
-    for part in x.split(max(1, _CHUNK // (x.shape[1] * _product(kernel) * _product(places)))):
-        sizes, strides = (len(part), *places), (batch, *between)
-        inner, inner_strides = (x.shape[1], *kernel), (channels, *within)
-        if rows:
-            patches = part.as_strided((*sizes, *inner), (*strides, *inner_strides))
-            u = patches.reshape(-1, groups, n).permute(1, 2, 0)
-        else:
-            patches = part.as_strided((*inner, *sizes), (*inner_strides, *strides))
-            u = patches.reshape(groups, n, -1)
-        total.baddbmm_(u, u.mT)
-    return total, len(x) * _product(places)
+    if rows:
+        patches, first = x.as_strided((*outer, *inner), (*outer_strides, *inner_strides)), 0
+    else:
+        patches, first = x.as_strided((*inner, *outer), (*inner_strides, *outer_strides)), len(inner)
+    part = _PART.get(x.device.type, _LARGE_PART)
+    line = x.shape[1] * _product(kernel) * _product(places[1:])  # of one image
+    lines = max(1, min(places[0], part // line))
+    for images in patches.split(max(1, part // (line * places[0])), first):
+        for band in images.split(lines, first + 1):
+            u = band.reshape(-1, groups, n).permute(1, 2, 0) if rows else band.reshape(groups, n, -1)
+            _add_upper(total, u)
+    upper = total.triu()
+    return upper + total.triu(1).mT, len(x) * _product(places)
+
+
+def _add_upper(total: Tensor, u: Tensor) -> None:
+    """Add u u^T, of (groups, n, N), to the blocks of `total` on the diagonal and above it."""
+    n = u.shape[1]
+    step = -(-n // 3) if n >= _BLOCKS_FROM and u.device.type == "cpu" else n
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        total[:, rows, start:].baddbmm_(u[:, rows], u[:, start:].mT)
 
 
 def _padded(x: Tensor, layer: Any) -> Tensor:

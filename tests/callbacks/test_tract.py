@@ -221,16 +221,20 @@ def test_an_unbatched_image_is_a_batch_of_one() -> None:
     assert torch.equal(patch_second_moment(x[0], conv)[0], patch_second_moment(x, conv)[0])
 
 
-def test_many_chunks_are_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", [1, 27 * 4, 27 * 12, 27 * 40, 1 << 40])
+def test_parts_and_blocks_of_any_size_are_as_one(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from leaven.callbacks import second_moment
 
-    for conv in (nn.Conv2d(3, 4, 3, 1, 1).double(), nn.Conv2d(3, 4, 4, 4).double()):
-        whole, count = patch_second_moment(images(7)[0], conv)
-        with monkeypatch.context() as patch:
-            patch.setattr(second_moment, "_CHUNK", 1)
-            parts, same = patch_second_moment(images(7)[0], conv)
-        torch.testing.assert_close(parts, whole)
-        assert same == count
+    for conv in (nn.Conv2d(3, 4, 3, 2, 1).double(), nn.Conv2d(3, 4, 4, 4).double()):
+        x, _ = images(7)
+        expected, count = brute_force(x, conv)
+        monkeypatch.setattr(second_moment, "_PART", {"cpu": part})
+        for blocks_from in (1, 10**6):
+            monkeypatch.setattr(second_moment, "_BLOCKS_FROM", blocks_from)
+            found, found_count = patch_second_moment(x, conv)
+            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+            assert torch.equal(found, found.mT)
+            assert found_count == count
 
 
 def test_timms_same_convolution_pads_by_the_size_of_the_image() -> None:
