@@ -167,28 +167,31 @@ def make_data(args: argparse.Namespace) -> tuple[Tensor, ...]:
 
 def peak_memory(net: str, variant: str, part: str, args: argparse.Namespace) -> None:
     """Run three steps in this process and print the growth of its peak memory in MiB."""
+    import torch._dynamo  # here and not while the objective tries its backbone out
+
     data = make_data(args)
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif clear.exists():
-        clear.write_text("5")  # forget the peak of importing, which would hide a small step's
-    baseline = resident(status)
+    baseline = resident(status, "VmRSS")
     step = (
         encoder_step(net, variant, data) if part == "encoder" else whole_step(net, variant, data, int(part))
     )
+    # Forget the peaks of importing and of trying the backbone out, which would hide a small step's.
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif clear.exists():
+        clear.write_text("5")
     for _ in range(3):
         step()
     if args.device == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**20)
     else:
-        print(resident(status) - baseline)
+        print(resident(status, "VmHWM") - baseline)
 
 
-def resident(status: Path) -> float:
-    """Peak resident memory of this process in MiB."""
+def resident(status: Path, which: str) -> float:
+    """Resident memory of this process in MiB: VmRSS now, VmHWM at its peak."""
     if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+        return int(status.read_text().split(f"{which}:")[1].split()[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
