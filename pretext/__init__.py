@@ -20,6 +20,7 @@ from leaven.pretext.rotnet import (
     rotate_random,
     rotation_ood_score,
 )
+from leaven.pretext.scalekd import NoTail, ScaleKD, TeacherTail
 from leaven.pretext.spark import SparK, SparseUnsupported, UntrainedWarning
 from leaven.pretext.stage_probe import kshot_indices, pooled_maps, probe_stages
 from leaven.pretext.supervised import Supervised, count_correct
@@ -27,12 +28,15 @@ from leaven.pretext.supervised import Supervised, count_correct
 __all__ = [
     "Auxiliary",
     "CueAudit",
+    "NoTail",
     "Output",
     "RotNet",
     "Rotate4",
+    "ScaleKD",
     "SparK",
     "SparseUnsupported",
     "Supervised",
+    "TeacherTail",
     "UntrainedWarning",
     "check_order",
     "clockwise_head",
