@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sized
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -154,6 +155,9 @@ def map_images(
     for name, value in kwargs.items():
         if _is_images(value):
             return args, {**kwargs, name: function(value)}
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim == 4 and value.dtype == torch.uint8:
+            raise TypeError("the model was called with images of torch.uint8: normalise them before the model")
     raise TypeError("the model was called without images: expected a floating-point tensor (B, C, H, W)")
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -48,6 +49,8 @@ _SILENT_UPDATES = 3
 _SILENT_ROUND = 1000
 # Callbacks of a lower order change the model itself.
 SURGERY = 20
+# Who is attached to a model, as long as both live.
+_ATTACHED: WeakKeyDictionary[nn.Module, "WeakSet[Attached]"] = WeakKeyDictionary()
 # What a state may hold beside tensors and containers.
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
@@ -90,6 +93,7 @@ class Attached:
         self.callbacks = tuple(sorted(callbacks, key=lambda callback: callback.order))
         self.progress = Progress(total_steps)
         _check_claims(self.callbacks)
+        _check_elsewhere(unwrap_model(model), self.callbacks)
         _check_obstacles(model, self.callbacks)
         _check_surgery(model, self.callbacks)
         self._optimizers = unwrap_optimizers(optimizer)
@@ -101,10 +105,12 @@ class Attached:
         self._hooks: list[Hook] = []
 
         self._whole = whole = unwrap_model(model)
+        _ATTACHED.setdefault(whole, WeakSet()).add(self)
         backbone = getattr(whole, "backbone", None)
         parts = {"whole": whole, "backbone": backbone if isinstance(backbone, nn.Module) else whole}
         with ExitStack() as undo:  # in reverse order, also when a setup raises half-way
             undo.callback(self._switch.turn_off_for_good)
+            undo.callback(_ATTACHED[whole].discard, self)
             for callback in self.callbacks:
                 for handle in callback.setup(parts[callback.binds], self._optimizers, self.progress):
                     undo.callback(handle.remove)
@@ -261,19 +267,32 @@ class Attached:
             )
 
 
+def _check_elsewhere(model: nn.Module, callbacks: Sequence[Callback]) -> None:
+    """Slots are claimed per model, not per call of `attach`."""
+    taken = {
+        each.slot: each.name for other in _ATTACHED.get(model, ()) for each in other.callbacks if each.slot
+    }
+    for callback in callbacks:
+        if callback.slot in taken:
+            raise AttachError(
+                f"{taken[callback.slot]}, attached to this {type(model).__name__} already, and {callback.name} both "
+                f"claim the slot {callback.slot!r}: remove the first one"
+            )
+
+
 def _check_claims(callbacks: Sequence[Callback]) -> None:
     names: set[str] = set()
     slots: dict[str, str] = {}
     for callback in callbacks:
-        if callback.name in names:
-            raise AttachError(
-                f"two callbacks are named {callback.name!r}: give one another name, "
-                f"for example callback.name = '{callback.name}_2'"
-            )
         if callback.slot is not None and callback.slot in slots:
             raise AttachError(
                 f"{slots[callback.slot]} and {callback.name} both claim the slot {callback.slot!r}: "
                 "attach only one of them"
+            )
+        if callback.name in names:
+            raise AttachError(
+                f"two callbacks are named {callback.name!r}: give one another name, "
+                f"for example callback.name = '{callback.name}_2'"
             )
         names.add(callback.name)
         if callback.slot is not None:

@@ -1,34 +1,41 @@
 """EfficientTrain as a callback: low frequencies first, on the device, in anyone's training loop."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from leaven.callbacks import AttachError, Callback, Progress, map_images
+from leaven.callbacks import AttachError, Callback, NoEffectWarning, Progress, map_images
 from leaven.callbacks.callback import Handle
-from leaven.curricula.fourier import Size, fourier_pad
+from leaven.curricula.fourier import Size, fourier_pad, pair
 from leaven.curricula.resize import OPS, Op, rescale_boxes, rescale_masks, resize
 from leaven.curricula.schedule import ET, Schedule
 
 Resize = Callable[[Tensor, Size], Tensor]
+Targets = Tensor | list[Tensor] | None
+# Batches of another stage's size in a row before that is reported. One or two come from a step that was skipped.
+_ODD = 3
 
 
 class EfficientTrain(Callback):
     """Shrinks what the model trains on by a schedule: cheap low frequencies first, the whole images at the end.
 
     Works in a forward pre-hook, in training mode only; evaluation sees whole images. The model must take images of
-    several sizes, and is tried at all of them when it is attached. Where images come smaller out of the loader
-    already, they pass. What a hook cannot do is reported for the loop to apply at the next update, if it likes:
+    several sizes, and is tried at all of them when it is attached, if it runs on images alone. Where images come
+    smaller out of the loader already, they pass. What a hook cannot do is reported for the loop to apply at the next
+    update, if it likes:
 
         for group in optimizer.param_groups:
             group["lr"] = lr * curriculum.lr_factor
 
     and likewise `strength` for RandAugment's magnitude and `batch_size` for the loader. As a plain function,
-    ``curriculum(images, boxes=boxes, masks=masks)`` rescales targets too, whatever the mode.
+    ``curriculum(images, boxes=boxes, masks=masks)`` rescales targets too, whatever the mode. Under torch.compile the
+    hook runs eagerly before the model's own graphs, one for each size at most; fullgraph=True does not allow that.
 
     Source: Wang et al., EfficientTrain, ICCV 2023 (arXiv 2211.09703); EfficientTrain++, TPAMI 2024 (arXiv 2405.08768).
 
@@ -50,7 +57,8 @@ class EfficientTrain(Callback):
         lr_factor: half a cosine from 1 to 0 on the schedule's clock, after the warm-up.
 
     Raises:
-        ValueError: an unknown op.
+        TypeError: a schedule or a size that is none.
+        ValueError: an unknown op, or numbers that make no sense.
         AttachError: on attaching, a model that does not run at one of the sizes.
     """
 
@@ -67,12 +75,16 @@ class EfficientTrain(Callback):
         warmup: float = 0.0,
         resize_back: bool = False,
     ) -> None:
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule, such as leaven.curricula.ET, not {schedule!r}")
         if isinstance(op, str) and op not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, or a function, not {op!r}")
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup must be a share of the schedule, at least 0 and below 1, not {warmup}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.schedule, self.op = schedule, op
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_size = pair(image_size)
         self.full_batch_size, self.warmup, self.resize_back = batch_size, warmup, resize_back
         axes = [
             schedule if full == schedule.full else schedule.scaled(full, multiple) for full in self.image_size
@@ -82,9 +94,9 @@ class EfficientTrain(Callback):
             (rows.size, columns.size) for rows, columns in zip(*(axis.stages for axis in axes), strict=True)
         ]
         self._progress: Progress | None = None
+        self._odd = 0
         self.update()
 
-    # An attribute and not a property: compiled code is guarded on `size`, which changes at the borders of stages only.
     def update(self) -> None:
         t = 0.0 if self._progress is None else self._progress.fraction
         clock = self.schedule.clock(t)
@@ -98,10 +110,13 @@ class EfficientTrain(Callback):
         self, model: nn.Module, optimizers: tuple[Optimizer, ...], progress: Progress
     ) -> Iterable[Handle]:
         if not self.resize_back:
+            self._ask(model)
             self._try_sizes(getattr(model, "backbone", model))
         self._progress = progress
         self.update()
-        yield model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        # Two small products run eagerly as well as compiled, and a graph of their own for each size is saved.
+        before_forward = torch.compiler.disable(self._before_forward)
+        yield model.register_forward_pre_hook(before_forward, with_kwargs=True)
 
     def size_at(self, t: float) -> Size:
         """(h, w) of the images of the update at share `t` of all updates."""
@@ -121,28 +136,33 @@ class EfficientTrain(Callback):
     def __call__(self, images: Tensor) -> Tensor: ...
     @overload
     def __call__(
-        self, images: Tensor, *, boxes: Tensor | None = None, masks: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
-    def __call__(self, images: Tensor, *, boxes: Tensor | None = None, masks: Tensor | None = None) -> Any:
+        self, images: Tensor, *, boxes: Targets = None, masks: Targets = None
+    ) -> tuple[Tensor, Targets, Targets]: ...
+    def __call__(self, images: Tensor, *, boxes: Targets = None, masks: Targets = None) -> Any:
         """Images (B, C, H, W) as the coming update sees them; with targets, those too.
 
         Args:
             images: whole, or shrunk already.
-            boxes: (..., 4) as x1, y1, x2, y2 in pixels of the images.
-            masks: (..., H, W), label maps of any type.
+            boxes: (..., 4) as x1, y1, x2, y2 in pixels of the images, or a list of them, one for each image.
+            masks: (..., H, W), label maps of any type, or a list of them.
+
+        Returns:
+            The images; where boxes or masks are given, always three: images, boxes, masks, with None for what was not.
 
         Raises:
-            ValueError: images that are neither whole nor shrunk already.
+            ValueError: images that are neither whole nor shrunk already, or boxes that are none.
         """
         old = (images.shape[-2], images.shape[-1])
         shrunk = self._shrink(images)
         if boxes is None and masks is None:
             return shrunk
         new = (shrunk.shape[-2], shrunk.shape[-1])
+        if old == new:
+            return shrunk, boxes, masks
         return (
             shrunk,
-            boxes if boxes is None or old == new else rescale_boxes(boxes, old, new),
-            masks if masks is None or old == new else rescale_masks(masks, new),
+            _each(lambda part: rescale_boxes(part, old, new), boxes),
+            _each(lambda part: rescale_masks(part, new), masks),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,7 +171,7 @@ class EfficientTrain(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["schedule"] != self._signature():
             raise ValueError(
-                f"the checkpoint follows another curriculum: {state['schedule']}, not {self._signature()}"
+                f"the checkpoint follows another curriculum: {state['schedule']}; this is {self._signature()}"
             )
         self.update()
 
@@ -163,10 +183,14 @@ class EfficientTrain(Callback):
         return f"EfficientTrain({sizes}, op={self._op_name()!r})"
 
     def _op_name(self) -> str:
-        return self.op if isinstance(self.op, str) else getattr(self.op, "__name__", repr(self.op))
+        return self.op if isinstance(self.op, str) else _name(self.op)
 
     def _signature(self) -> str:
-        return f"{self.shapes()} by {self._op_name()}, {self.schedule}"
+        stages = ", ".join(":".join(f"{value:g}" for value in stage) for stage in self.schedule.stages)
+        strengths = " ".join(f"{strength:g}" for strength in self.schedule.strengths)
+        return (
+            f"{self.shapes()} by {self._op_name()}, {stages} in {self.schedule.axis}, strengths {strengths}"
+        )
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return map_images(self._shrink, args, kwargs) if module.training else None
@@ -176,29 +200,80 @@ class EfficientTrain(Callback):
         if shape != self.image_size:
             # Of any stage: where a step was skipped, the loader is ahead of the count of updates.
             if shape in self.shapes() and not self.resize_back:
+                self._notice(shape)
                 return images
             raise ValueError(
                 f"EfficientTrain was built for images of {_words(self.image_size)} and got {_words(shape)}: give it "
                 f"image_size={shape}"
             )
         small = resize(images, self.size, self.op) if isinstance(self.op, str) else self.op(images, self.size)
+        made = (small.shape[-2], small.shape[-1])
+        if made != self.size:
+            raise ValueError(
+                f"op={self._op_name()} gave images of {_words(made)} for the size {_words(self.size)}"
+            )
         return fourier_pad(small, self.image_size) if self.resize_back else small
+
+    def _notice(self, shape: Size) -> None:
+        """Images that keep coming in the size of another stage: is it the loader's doing, or a wrong image_size?"""
+        if shape == self.size:
+            self._odd = 0
+        elif self._odd < _ODD:
+            self._odd += 1
+            if self._odd == _ODD:
+                warnings.warn(
+                    f"EfficientTrain leaves images of {_words(shape)} as they are while it stands at "
+                    f"{_words(self.size)}: are your whole images {_words(self.image_size)}? Give it their image_size",
+                    NoEffectWarning,
+                    stacklevel=2,
+                )
+
+    def _ask(self, model: nn.Module) -> None:
+        """Objectives with sizes of their own, such as SparK, say which they take."""
+        check = getattr(model, "check_image_size", None)
+        for size in self.shapes() if check is not None else ():
+            try:
+                check(*size)  # type: ignore[misc]
+            except ValueError as error:
+                cell = getattr(model, "mask_cell", None)
+                hint = f"give EfficientTrain multiple={cell}, or " if isinstance(cell, int) else ""
+                raise AttachError(
+                    f"{type(model).__name__} does not take images of {_words(size)} ({error}): {hint}choose a schedule "
+                    "with other sizes"
+                ) from error
 
     def _try_sizes(self, backbone: nn.Module) -> None:
         from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, untouched
 
-        for size in self.shapes():
+        for size in dict.fromkeys([self.image_size, *self.shapes()]):
             # Eagerly: a model that is to be compiled would be compiled for these images too.
             with untouched(backbone), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 try:
                     first_that_runs(backbone, candidate_images(backbone, size))
-                except UNSUITABLE as error:
+                except (*UNSUITABLE, TypeError, IndexError, KeyError, AttributeError) as error:
+                    if size == self.image_size and not isinstance(error, UNSUITABLE):
+                        return  # an objective that asks for more than images cannot be tried
                     reason = " ".join(str(error).split())[:200]
                     raise AttachError(
-                        f"{type(backbone).__name__} does not run on images of {_words(size)} ({reason}): build timm's "
-                        "ViTs with dynamic_img_size=True and its Swins with strict_img_size=False, choose a schedule "
-                        "with other sizes, or give EfficientTrain resize_back=True"
+                        f"{type(backbone).__name__} does not run on images of {_words(size)} ({reason}). timm's ViTs "
+                        "and Swins do if built with dynamic_img_size=True or strict_img_size=False, as the recipes "
+                        "build them; for a network of one size, take another, or in Python resize_back=True, which "
+                        "saves nothing"
                     ) from error
+
+
+def _each(function: Callable[[Tensor], Tensor], targets: Targets) -> Targets:
+    if isinstance(targets, list | tuple):
+        return [function(part) for part in targets]
+    return None if targets is None else function(targets)
+
+
+def _name(op: Resize) -> str:
+    """The same in every process."""
+    if isinstance(op, partial):
+        settings = [*map(repr, op.args), *(f"{key}={value!r}" for key, value in sorted(op.keywords.items()))]
+        return f"{_name(op.func)}({', '.join(settings)})"
+    return getattr(op, "__qualname__", type(op).__qualname__)
 
 
 def _half_cosine(clock: float, warmup: float) -> float:

@@ -8,7 +8,8 @@ Source: Wang et al., EfficientTrain, ICCV 2023 (arXiv 2211.09703), section 3.2.
 """
 
 from functools import lru_cache
-from typing import Literal
+from operator import index
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,33 @@ Align = Literal["center", "corner"]
 Nyquist = Literal["symmetric", "upstream"]
 Boundary = Literal["periodic", "reflect"]
 Size = tuple[int, int]
+
+
+def _check_settings(align: Align, nyquist: Nyquist, boundary: Boundary) -> None:
+    for name, value, known in (
+        ("align", align, Align),
+        ("nyquist", nyquist, Nyquist),
+        ("boundary", boundary, Boundary),
+    ):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}")
+    if boundary == "reflect" and align != "center":
+        raise ValueError('boundary="reflect" is aligned by centres: leave align="corner" out')
+    if boundary == "reflect" and nyquist == "upstream":
+        raise ValueError('nyquist="upstream" is of the periodic crop: leave boundary="reflect" out')
+
+
+def pair(size: Any) -> Size:
+    """A side, or (h, w), as whole numbers.
+
+    Raises:
+        TypeError: neither.
+    """
+    try:
+        h, w = (size, size) if hasattr(size, "__index__") else size
+        return index(h), index(w)
+    except (TypeError, ValueError):
+        raise TypeError(f"a size is a whole number of pixels or two of them (h, w), not {size!r}") from None
 
 
 def fourier_matrix(size: int, full: int, align: Align = "center", boundary: Boundary = "periodic") -> Tensor:
@@ -34,13 +62,12 @@ def fourier_matrix(size: int, full: int, align: Align = "center", boundary: Boun
             image (the truncated cosine transform DCT-II), without a jump at the border; centre-aligned only.
 
     Raises:
-        ValueError: a size that is not in 1..full, or "reflect" with "corner".
+        ValueError: a size that is not in 1..full, unknown settings, or "reflect" with "corner".
     """
+    _check_settings(align, "symmetric", boundary)
     if not 1 <= size <= full:
         raise ValueError(f"cannot crop {full} samples to {size}: the size must be between 1 and {full}")
     if boundary == "reflect":
-        if align != "center":
-            raise ValueError('boundary="reflect" is aligned by centres: leave align="corner" out')
         return _cosine_matrix(size, full)
     turns, whole = _offsets(size, full, align)
     sine = torch.sin(torch.pi * turns * size)
@@ -95,23 +122,21 @@ def fourier_crop(
         boundary: see `fourier_matrix`.
 
     Raises:
-        TypeError: integer images.
-        ValueError: a size larger than the image, or settings that exclude each other.
+        TypeError: integer images, or a size that is none.
+        ValueError: a size larger than the image, unknown settings, or settings that exclude each other.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"fourier_crop needs floating-point images, not {x.dtype}: normalise them first")
-    h, w = (size, size) if isinstance(size, int) else size
+    _check_settings(align, nyquist, boundary)
+    _check_images(x, "fourier_crop")
+    h, w = pair(size)
     height, width = x.shape[-2:]
     if h > height or w > width:
         raise ValueError(f"cannot crop images of {height}x{width} to {h}x{w}: the size must not be larger")
-    if nyquist == "upstream" and boundary == "reflect":
-        raise ValueError('nyquist="upstream" is of the periodic crop: leave boundary="reflect" out')
     if (h, w) == (height, width):
         return x
-    rows, columns = (_matrix(*pair, align, boundary, x) for pair in ((h, height), (w, width)))
+    rows, columns = (_matrix(*axis, align, boundary, x) for axis in ((h, height), (w, width)))
     cropped = sandwich(rows, x, columns)
     if nyquist == "upstream" and h % 2 == 0 and w % 2 == 0:
-        rows, columns = (_matrix(*pair, align, "nyquist", x) for pair in ((h, height), (w, width)))
+        rows, columns = (_matrix(*axis, align, "nyquist", x) for axis in ((h, height), (w, width)))
         cropped = cropped - sandwich(rows, x, columns)
     return like(cropped, x)
 
@@ -133,15 +158,22 @@ def fourier_pad(
         TypeError: integer images.
         ValueError: a size smaller than the image.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"fourier_pad needs floating-point images, not {x.dtype}: normalise them first")
-    height, width = (size, size) if isinstance(size, int) else size
+    _check_settings(align, "symmetric", boundary)
+    _check_images(x, "fourier_pad")
+    height, width = pair(size)
     h, w = x.shape[-2:]
     if height < h or width < w:
         raise ValueError(f"cannot pad images of {h}x{w} to {height}x{width}: the size must not be smaller")
     rows = _matrix(h, height, align, boundary, x) * (height / h)
     columns = _matrix(w, width, align, boundary, x) * (width / w)
     return like(sandwich(rows.T, x, columns.T), x)
+
+
+def _check_images(x: Any, function: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function} needs a tensor of images, not a {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{function} needs floating-point images, not {x.dtype}: normalise them first")
 
 
 def _matrix(size: int, full: int, align: Align, kind: Boundary | Literal["nyquist"], x: Tensor) -> Tensor:
@@ -161,9 +193,10 @@ def _build(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    if kind == "nyquist":
-        return _nyquist_matrix(size, full, align).to(device, dtype)
-    return fourier_matrix(size, full, align, kind).to(device, dtype)
+    with torch.inference_mode(False):  # what is kept must serve training too
+        if kind == "nyquist":
+            return _nyquist_matrix(size, full, align).to(device, dtype)
+        return fourier_matrix(size, full, align, kind).to(device, dtype)
 
 
 def sandwich(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
@@ -185,6 +218,9 @@ class FourierCrop(nn.Module):
 
     Args:
         size, align, nyquist, boundary: as in `fourier_crop`.
+
+    Raises:
+        TypeError, ValueError: see `fourier_crop`.
     """
 
     def __init__(
@@ -195,6 +231,9 @@ class FourierCrop(nn.Module):
         boundary: Boundary = "periodic",
     ) -> None:
         super().__init__()
+        _check_settings(align, nyquist, boundary)
+        if min(pair(size)) < 1:
+            raise ValueError(f"a size is at least 1, not {size}")
         self.size, self.align, self.nyquist, self.boundary = size, align, nyquist, boundary
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leaven.curricula.fourier import Align, Size, fourier_crop, like, sandwich
+from leaven.curricula.fourier import Align, Size, fourier_crop, like, pair, sandwich
 
 Op = Literal["fourier", "lanczos", "bicubic", "bilinear"]
 OPS: tuple[str, ...] = get_args(Op)
@@ -28,7 +28,7 @@ def resize(x: Tensor, size: int | Size, op: Op = "fourier") -> Tensor:
         raise ValueError(f"op must be one of {', '.join(OPS)}, not {op!r}")
     if op == "fourier":
         return fourier_crop(x, size)
-    h, w = (size, size) if isinstance(size, int) else size
+    h, w = pair(size)
     height, width = x.shape[-2:]
     if not x.is_floating_point():
         raise TypeError(f"resize needs floating-point images, not {x.dtype}: normalise them first")
@@ -38,7 +38,7 @@ def resize(x: Tensor, size: int | Size, op: Op = "fourier") -> Tensor:
         return x
     if op == "lanczos":
         dtype = torch.promote_types(x.dtype, torch.float32)
-        rows, columns = (lanczos_matrix(*pair).to(x.device, dtype) for pair in ((h, height), (w, width)))
+        rows, columns = (lanczos_matrix(*axis).to(x.device, dtype) for axis in ((h, height), (w, width)))
         return like(sandwich(rows, x, columns), x)
     with torch.autocast(x.device.type, enabled=False):
         full = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -62,7 +62,12 @@ def rescale_boxes(boxes: Tensor, old: Size, new: Size, align: Align = "center") 
 
     Pixel i covers the interval from i to i + 1. With ``align="corner"`` (see `fourier_crop`) content moves by part of
     a pixel, and the boxes with it.
+
+    Raises:
+        ValueError: no four numbers for a box.
     """
+    if boxes.shape[-1:] != (4,):
+        raise ValueError(f"boxes are (..., 4) as x1, y1, x2, y2, not {tuple(boxes.shape)}")
     y, x = new[0] / old[0], new[1] / old[1]
     scale = boxes.new_tensor([x, y, x, y], dtype=torch.promote_types(boxes.dtype, torch.float32))
     return boxes * scale if align == "center" else (boxes - 0.5) * scale + 0.5

@@ -49,16 +49,26 @@ class Schedule:
     def __post_init__(self) -> None:
         stages = tuple(Stage(*stage) for stage in self.stages)
         object.__setattr__(self, "stages", stages)
+        if any(not isinstance(n, int) for stage in stages for n in stage[1:]):
+            raise ValueError("a stage's size, batches and replay are whole numbers")
         if not stages or stages[-1].until != 1:
             raise ValueError("the last stage of a schedule must end at 1")
-        if stages[0].until <= 0 or any(b.until <= a.until for a, b in pairwise(stages)):
+        if not stages[0].until > 0 or not all(b.until > a.until for a, b in pairwise(stages)):
             raise ValueError(f"stages must end one after another, not at {[s.until for s in stages]}")
         if stages[0].size < 1 or any(b.size < a.size for a, b in pairwise(stages)):
             raise ValueError(f"sizes must not shrink: {[s.size for s in stages]}")
         if any(min(stage.batches, stage.replay) < 1 for stage in stages):
             raise ValueError("a stage's batches and replay must be at least 1")
-        if self.axis not in ("steps", "compute") or not self.strengths:
-            raise ValueError('axis must be "steps" or "compute", and there must be a strength')
+        if self.axis not in ("steps", "compute"):
+            raise ValueError(f'axis must be "steps" or "compute", not {self.axis!r}')
+        if (
+            not isinstance(self.strengths, tuple)
+            or not self.strengths
+            or not all(s >= 0 for s in self.strengths)
+        ):
+            raise ValueError(
+                f"strengths must be a tuple of one or more numbers from 0, not {self.strengths!r}"
+            )
 
     @property
     def full(self) -> int:
@@ -78,7 +88,7 @@ class Schedule:
         return (stage.size / self.full) ** 2
 
     def at(self, t: float) -> Stage:
-        """The stage that the update at share `t` of all updates, in [0, 1], belongs to."""
+        """The stage that the update at share `t` of all updates belongs to; the first before 0, the last after 1."""
         end = 0.0
         for stage, share in zip(self.stages, self._shares, strict=True):
             end += share
@@ -133,7 +143,12 @@ class Schedule:
         Args:
             full: new full size, kept as it is.
             multiple: what the backbone can divide: its reduction, patch side or mask cell.
+
+        Raises:
+            ValueError: a size or a multiple below 1.
         """
+        if min(full, multiple) < 1:
+            raise ValueError(f"the full size and the multiple must be at least 1, not {full} and {multiple}")
 
         def size(stage: Stage) -> int:
             near = round(stage.size * full / self.full / multiple) * multiple

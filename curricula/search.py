@@ -223,7 +223,9 @@ def _name(sizes: Sequence[int]) -> str:
 
 
 def _steps(budget: float, cost: float, size: int) -> int:
-    steps = int(budget / cost * (1 + 1e-9)) if cost > 0 else 0  # 0.3 / 0.1 is just below 3
+    if not cost > 0:
+        raise ValueError(f"the cost of a step must be greater than 0: at size {size} it is {cost:g}")
+    steps = int(budget / cost * (1 + 1e-9))  # 0.3 / 0.1 is just below 3
     if steps < 1:
         raise ValueError(
             f"a budget of {budget:g} does not pay for a step at size {size}, which costs {cost:g}"
@@ -233,7 +235,12 @@ def _steps(budget: float, cost: float, size: int) -> int:
 
 def _checked(sizes: Sequence[int], stages: int) -> tuple[int, ...]:
     """The sizes, smallest first."""
-    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+    if (
+        not sizes
+        or min(sizes) < 1
+        or len(set(sizes)) < len(sizes)
+        or any(size != int(size) for size in sizes)
+    ):
         raise ValueError(f"sizes must be different numbers of pixels, not {list(sizes)}")
     if stages < 1:
         raise ValueError(f"a schedule has at least one stage, not {stages}")

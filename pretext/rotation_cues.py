@@ -51,8 +51,15 @@ def check_order(transforms: Any) -> None:
         transforms: a list, a ``Compose``, an ``nn.Sequential``, or anything else with transforms inside.
 
     Raises:
+        TypeError: nothing that transforms, or a dictionary: check each of its compositions.
         ValueError: the first offender, by name.
     """
+    if isinstance(transforms, dict) or not (
+        callable(transforms) or isinstance(transforms, list | tuple) or hasattr(transforms, "transforms")
+    ):
+        raise TypeError(
+            f"check_order needs a transform or a composition of some, not {type(transforms).__name__}"
+        )
     rotation = ""
     for transform in _flattened(transforms):
         name = _name(transform)

@@ -225,8 +225,13 @@ def rotation_ood_score(rotnet: RotNet, images: Tensor) -> Tensor:
         (B,), without gradient.
 
     Raises:
+        TypeError: no RotNet.
         ValueError: the images are not square.
     """
+    if not isinstance(rotnet, RotNet):
+        raise TypeError(
+            f"rotation_ood_score needs a RotNet (of an Auxiliary, its .rotnet), not {type(rotnet).__name__}"
+        )
     copies, labels = rotate4(images)
     with torch.no_grad(), eval_mode(rotnet):
         logits = rotnet.logits(copies)

@@ -74,8 +74,10 @@ def pooled_maps(
 
     Arguments and traces left (none): see `probe_stages`.
     """
-    if not stages:
-        raise ValueError("no stages to probe")
+    if not stages or batch_size < 1:
+        raise ValueError(
+            "no stages to probe" if not stages else f"batch_size must be at least 1, not {batch_size}"
+        )
     parts: list[list[Tensor]] = [[] for _ in stages]
     device = device_of(backbone)
     # Iterating a DataLoader draws from the global generator: restore it, or evaluating would change training.

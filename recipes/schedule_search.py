@@ -11,18 +11,25 @@ ones. What was stopped goes on with --resume auto.
 
 import json
 import os
+import signal
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from leaven.curricula.search import compute_search, greedy_search
 from leaven.recipes.common.batches import find_data, user_errors
 from leaven.recipes.common.few_labels import keep_few
 from leaven.recipes.common.flags import UserError, flag, run_main, to_yaml
-from leaven.recipes.common.run_folder import open_run
+from leaven.recipes.common.run_folder import RunFolder, open_run
+from leaven.recipes.common.signals import exit_code
 from leaven.recipes.common.start import read_settings
 from leaven.recipes.train import TrainSettings, train
 from leaven.trials import TrialsError
@@ -46,11 +53,20 @@ class SearchSettings(TrainSettings):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.callbacks or self.val_from_train is None:
+        if self.callbacks or self.replay_buffer or self.curriculum != "et" or self.val_from_train is None:
             raise UserError(
-                "a search brings its own curriculum, and judges on --val-from-train: leave --callbacks out"
+                "a search brings its own curriculum, and judges on --val-from-train: leave --callbacks, --curriculum "
+                "and --replay-buffer out"
             )
+        super().__post_init__()
+        if self.dry_run:
+            raise UserError("--dry-run: a search has none; try --epochs 1 --limit-batches 2")
+        if self.image_size is not None and self.image_size != (max(self.sizes), max(self.sizes)):
+            raise UserError(f"--image-size is the largest of --sizes, {max(self.sizes)}: leave it out")
+        if self.method == "greedy" and self.finetune_epochs != 1:
+            raise UserError("--finetune-epochs is of --method compute")
+        if self.method == "compute" and self.tolerance:
+            raise UserError("--tolerance is of --method greedy")
         if self.stages < 2 or min(self.jobs, self.finetune_epochs) < 1 or self.tolerance < 0:
             raise UserError(
                 "--stages must be at least 2, --jobs and --finetune-epochs at least 1, --tolerance at least 0"
@@ -71,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     run = open_run(
         "schedule_search", settings.backbone, output_dir=settings.output_dir, resume=settings.resume
     )
+    refuse_changes(run, settings)
     run.write(run.config, to_yaml(replace(settings, resume=None, output_dir=None)))
     # A fresh process for each training: nothing is left of the one before, and one that hangs can be stopped.
     fresh = partial(ProcessPoolExecutor, mp_context=get_context("spawn"), max_tasks_per_child=1)
@@ -78,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     how["journal"] = run.path / f"journal-{settings.method}.jsonl"
     folder, full = str(run.path.resolve()), max(settings.sizes)
     common = replace(trainings(settings), image_size=(full, full))
-    with user_errors(ValueError, TrialsError):
+    with user_errors(ValueError, TrialsError), stopping(run):
         if settings.method == "greedy":
             found = greedy_search(
                 partial(whole, common, folder),
@@ -88,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
                 **how,
             )
         else:
-            per_epoch = len(data.train) // (settings.batch_size * settings.grad_accum_steps)
+            batches = len(data.train) // settings.batch_size
+            per_epoch = min(batches, settings.limit_batches or batches) // settings.grad_accum_steps
             found = compute_search(
                 partial(stage, common, folder, per_epoch, settings.finetune_epochs),
                 settings.sizes,
@@ -103,6 +121,46 @@ def main(argv: list[str] | None = None) -> None:
     report = {"curriculum": text, "score": found.score, "tried": [asdict(row) for row in found.tried]}
     run.write(run.path / "search.json", json.dumps(report, indent=1))
     print(f"run folder: {run.path} (search.json, a run folder per training)")
+
+
+@contextmanager
+def stopping(run: RunFolder) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the search and its processes with one line; the journal has what was finished."""
+    received: list[int] = []
+
+    def stop(signum: int, frame: object) -> None:
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    previous = {wanted: signal.signal(wanted, stop) for wanted in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        signum = received[0] if received else int(signal.SIGINT)
+        print(
+            f"stopped by signal {signum}: what was trained is kept; go on with --output-dir {run.path} --resume auto"
+        )
+        sys.exit(exit_code(signum))
+    finally:
+        for wanted, handler in previous.items():
+            signal.signal(wanted, handler)
+
+
+def refuse_changes(run: RunFolder, settings: SearchSettings) -> None:
+    """The journal knows sizes, and not what they were tried with: that must be what it was."""
+    if not run.config.is_file():
+        return
+    before, now = (yaml.safe_load(text) for text in (run.config.read_text(), to_yaml(settings)))
+    changed = [
+        f"{name} {before.get(name)} -> {value}"
+        for name, value in now.items()
+        if name not in ("resume", "output_dir", "jobs", "time_limit") and before.get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"cannot resume {run.path} exactly: {', '.join(changed)}; go back to the old values, or take another "
+            "--output-dir"
+        )
 
 
 def trainings(settings: SearchSettings) -> TrainSettings:

@@ -7,7 +7,6 @@ Without --data it trains on scikit-learn's digits: a smoke test that takes minut
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,13 +17,12 @@ from leaven.backbones import resolve, save
 from leaven.callbacks import AttachError, attach
 from leaven.pretext import Output
 from leaven.pretext.spark import SparK, sample_mask
-from leaven.pretext.spark.masking import visible_count
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
 from leaven.recipes.common.curriculum import CurriculumSettings, follow
 from leaven.recipes.common.data import Data
 from leaven.recipes.common.dry_run import dry_run
-from leaven.recipes.common.flags import flag, run_main
+from leaven.recipes.common.flags import UserError, flag, run_main
 from leaven.recipes.common.loop import fit
 from leaven.recipes.common.masked import describe, draw_reconstructions, held_out_loss, judge
 from leaven.recipes.common.optimizer import make_optimizer
@@ -107,9 +105,12 @@ def train(settings: SparkSettings, data: Data) -> None:
     plan, curriculum, lines = follow(settings, plan, loader, size, multiple=spark.mask_cell)
     how += lines
     accelerator.print("\n".join(about + how))
-    with user_errors(ValueError):
-        for side in curriculum.shapes() if curriculum else [size]:
-            visible_count(math.prod(spark.mask_grid(*side)), settings.mask_ratio)
+    for side in curriculum.shapes() if curriculum else [size]:
+        try:
+            spark.check_image_size(*side)
+        except ValueError as error:
+            more = "; choose a larger --image-size, other sizes of --curriculum, or smaller cells by --stages 4,8,16"
+            raise UserError(f"{error}{more if curriculum else ''}") from error
     if accelerator.is_main_process:
         before = held_out_loss(judge(spark, images), images, settings.probe_images)
         print(f"held-out masked loss before training: {before:.4f}")

@@ -1,5 +1,6 @@
 """SparK as an objective (Tian et al., "Designing BERT for Convolutional Networks", ICLR 2023)."""
 
+import math
 import warnings
 from collections.abc import Collection, Sequence, Set
 from pathlib import Path
@@ -150,6 +151,14 @@ class SparK(nn.Module):
                 f"image size {height}x{width} is not a multiple of the mask cell {cell}; try {near[0]}x{near[1]}"
             )
         return height // cell, width // cell
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Whether masks can be drawn for images of this size.
+
+        Raises:
+            ValueError: a side is not a multiple of ``mask_cell``, or the ratio leaves no cell visible, or none hidden.
+        """
+        visible_count(math.prod(self.mask_grid(height, width)), self.mask_ratio)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizer factory must not decay, besides one-dimensional ones."""

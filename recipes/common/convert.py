@@ -85,7 +85,8 @@ def _tuple(value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
     numeric = str not in hints
     parts = value
     if isinstance(value, str):
-        parts = (value.lower().replace("x", ",") if numeric else value).split(",") if value else []
+        text = value.lower().replace("x", ",") if numeric else value
+        parts = [part.strip() for part in text.split(",")] if value else []
     elif not isinstance(value, (list, tuple)):
         parts = [value]
     if len(hints) == 2 and hints[1] is Ellipsis:

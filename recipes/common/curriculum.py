@@ -27,10 +27,14 @@ class CurriculumSettings(LoopSettings):
     """The flags of recipes that train under callbacks."""
 
     callbacks: tuple[str, ...] = flag(
-        (), "callbacks by name, comma-separated: efficienttrain, and in recipes/train.py ema"
+        (),
+        "callbacks by name, comma-separated: efficienttrain; in recipes/train.py also ema, tract and evonorm_s0 (or "
+        "b0, b1, b2, s1, s2)",
     )
     curriculum: str = flag(
-        "et", "schedule of sizes: et, et_pp, et_pp_deit, or your own as 0.6:160,0.8:192,1:224"
+        "et",
+        "schedule of sizes: et, et_pp, et_pp_deit, or your own as 0.6:160,0.8:192,1:224, shares of the updates and "
+        "sides, which are scaled if the last is not --image-size. --epochs stays as it is: the run gets shorter",
     )
     curriculum_op: Literal["fourier", "lanczos", "bicubic", "bilinear"] = flag(
         "fourier",
@@ -163,6 +167,12 @@ def follow(
     buffer = ReplayBuffer(settings.replay_buffer) if settings.replay_buffer else None
     by_loader = settings.loader_op is not None
     known = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    if buffer is not None and all(stage.replay == 1 for stage in schedule.stages):
+        raise UserError(f"--replay-buffer: --curriculum {settings.curriculum} replays nothing; et_pp does")
+    if buffer is not None and buffer.capacity > len(loader.dataset):
+        raise UserError(
+            f"--replay-buffer {buffer.capacity} is more than the {len(loader.dataset)} images that there are"
+        )
     under = CurriculumPlan(
         **known, curriculum=curriculum, batch_size=settings.batch_size, by_loader=by_loader, buffer=buffer
     )

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leaven.backbones import create
-from leaven.callbacks import AttachError, attach
+from leaven.callbacks import AttachError, NoEffectWarning, attach
 from leaven.curricula import ET, ET_PP, EfficientTrain, Schedule, Stage, fourier_crop, fourier_pad, resize
-from leaven.pretext import Output
+from leaven.pretext import Output, SparK
 
 SCHEDULE = Schedule((Stage(0.5, 8, 4), Stage(0.75, 12, 2), Stage(1.0, 16)), "steps", (0.25, 0.5, 0.75, 1.0))
 
@@ -308,3 +308,114 @@ def test_bad_settings_are_one_line() -> None:
         EfficientTrain(op="nearest")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="warmup"):
         EfficientTrain(warmup=1.0)
+
+
+# --- what a stranger tried ------------------------------------------------------------------------------------------
+
+
+class Classifies(nn.Module):
+    """An ordinary objective, which has no `.backbone` and cannot be called on images alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.net(images), labels)
+
+
+def test_an_objective_that_asks_for_labels_can_be_attached() -> None:
+    model, labels = Classifies(), torch.tensor([0, 1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attach(model, optimizer, EfficientTrain(SCHEDULE, image_size=16), total_steps=8):
+        model(torch.randn(2, 3, 16, 16), labels).backward()
+    assert model.net.seen[0].shape[-1] == 8
+
+
+def test_spark_says_which_sizes_it_takes_when_it_is_attached() -> None:
+    spark = SparK("resnet10t", decoder_width=32)
+    optimizer = torch.optim.SGD(spark.parameters(), lr=0.1)
+    for sizes, message in (
+        (
+            (64, 80, 96),
+            r"SparK does not take images of 80x80 \(.*mask cell 32.*: give EfficientTrain multiple=32",
+        ),
+        (
+            (32, 64, 96),
+            r"SparK does not take images of 32x32 \(.*visible.*choose a schedule with other sizes",
+        ),
+    ):
+        stages = tuple(Stage(end, size) for end, size in zip((0.5, 0.75, 1), sizes, strict=True))
+        with pytest.raises(AttachError, match=message):
+            attach(spark, optimizer, EfficientTrain(Schedule(stages), image_size=96), total_steps=4)
+    assert not spark._forward_pre_hooks
+    with attach(spark, optimizer, EfficientTrain(ET, image_size=128, multiple=32), total_steps=4):
+        assert torch.isfinite(spark(torch.randn(2, 3, 128, 128)).loss)
+
+
+def test_a_function_as_op_is_known_again_in_another_process() -> None:
+    op = partial(fourier_crop, align="corner", nyquist="upstream")
+    state = EfficientTrain(ET, op, image_size=64).state_dict()
+    assert "fourier_crop(align='corner', nyquist='upstream')" in state["schedule"]
+    assert "0x" not in state["schedule"]
+    EfficientTrain(
+        ET, partial(fourier_crop, nyquist="upstream", align="corner"), image_size=64
+    ).load_state_dict(state)
+
+
+def test_a_second_curriculum_is_refused_in_a_second_attach_too() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = attach(model, optimizer, EfficientTrain(SCHEDULE, image_size=16), total_steps=8)
+    with pytest.raises(AttachError, match=r"attached to this Net already.*both claim the slot 'input'"):
+        attach(model, optimizer, EfficientTrain(SCHEDULE, image_size=16), total_steps=8)
+    assert len(model._forward_pre_hooks) == 1
+    first.remove()
+    attach(model, optimizer, EfficientTrain(SCHEDULE, image_size=16), total_steps=8).remove()
+    twice = [EfficientTrain(SCHEDULE, image_size=16) for _ in range(2)]
+    with pytest.raises(AttachError, match="both claim the slot 'input'"):
+        attach(model, optimizer, *twice, total_steps=8)
+
+
+def test_images_that_never_have_the_size_of_the_stage_are_reported() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attach(model, optimizer, EfficientTrain(SCHEDULE, image_size=16), total_steps=8):
+        for _ in range(2):
+            train(model, optimizer, torch.randn(2, 3, 12, 12))
+        with pytest.warns(NoEffectWarning, match="leaves images of 12x12 as they are while it stands at 8x8"):
+            model(torch.randn(2, 3, 12, 12))
+
+
+def test_numbers_and_things_that_make_no_sense_are_named() -> None:
+    for how, kind, message in (
+        ({"schedule": "et"}, TypeError, "schedule must be a Schedule, such as leaven.curricula.ET, not 'et'"),
+        ({"image_size": 64.0}, TypeError, "a whole number of pixels or two of them"),
+        ({"image_size": None}, TypeError, "a whole number of pixels or two of them"),
+        ({"image_size": 64, "multiple": 0}, ValueError, "must be at least 1, not 64 and 0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+    ):
+        with pytest.raises(kind, match=message):
+            EfficientTrain(**how)  # type: ignore[arg-type]
+    idle = EfficientTrain(SCHEDULE, lambda x, size: x, image_size=16)
+    with pytest.raises(ValueError, match="gave images of 16x16 for the size 8x8"):
+        idle(torch.randn(1, 3, 16, 16))
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        attach(model, optimizer, EfficientTrain(SCHEDULE, image_size=16), total_steps=8),
+        pytest.raises(TypeError, match=r"images of torch.uint8: normalise them"),
+    ):
+        model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_targets_may_be_lists_with_one_for_each_image() -> None:
+    curriculum, images = EfficientTrain(SCHEDULE, image_size=16), torch.randn(2, 3, 16, 16)
+    boxes = [torch.tensor([[0.0, 2.0, 8.0, 16.0]]), torch.zeros(0, 4)]
+    small, fewer, none = curriculum(images, boxes=boxes)
+    assert small.shape[-1] == 8
+    assert fewer[0].tolist() == [[0.0, 1.0, 4.0, 8.0]]
+    assert fewer[1].shape == (0, 4)
+    assert none is None
+    with pytest.raises(ValueError, match=r"boxes are \(..., 4\)"):
+        curriculum(images, boxes=torch.zeros(2, 5))

@@ -274,3 +274,36 @@ def test_bad_input_is_one_line() -> None:
     for function in (fourier_crop, fourier_pad):
         with pytest.raises(TypeError, match="normalise them first"):
             function((x * 100).to(torch.uint8), 8)
+
+
+def test_misspelt_settings_are_refused() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    for how, message in (
+        ({"align": "centre"}, "align must be one of center, corner, not 'centre'"),
+        ({"nyquist": "x"}, "nyquist must be one of symmetric, upstream, not 'x'"),
+        ({"boundary": "zero"}, "boundary must be one of periodic, reflect, not 'zero'"),
+        ({"boundary": "reflect", "align": "corner"}, "aligned by centres"),
+        ({"boundary": "reflect", "nyquist": "upstream"}, "of the periodic crop"),
+    ):
+        for call in (lambda how=how: fourier_crop(x, 4, **how), lambda how=how: FourierCrop(4, **how)):
+            with pytest.raises(ValueError, match=message):
+                call()
+    with pytest.raises(ValueError, match="align must be one of"):
+        fourier_pad(x, 16, align="centre")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a size is at least 1"):
+        FourierCrop(0)
+    for size in (4.0, (4, 4, 4), "4"):
+        with pytest.raises(TypeError, match="a size is a whole number of pixels or two of them"):
+            fourier_crop(x, size)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="needs a tensor of images, not a ndarray"):
+        fourier_crop(x.numpy(), 4)  # type: ignore[arg-type]
+    assert torch.equal(fourier_crop(x, np.int64(4)), fourier_crop(x, 4))
+
+
+def test_what_inference_has_cached_serves_training() -> None:
+    x = torch.randn(1, 3, 29, 29)
+    with torch.inference_mode():
+        fourier_crop(x, 19)
+    asks = x.clone().requires_grad_()
+    fourier_crop(asks, 19).square().sum().backward()
+    assert asks.grad is not None

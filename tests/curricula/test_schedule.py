@@ -110,3 +110,21 @@ def test_what_is_no_schedule() -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="axis"):
         Schedule(((1.0, 8),), axis="epochs")  # type: ignore[arg-type]
+
+
+def test_numbers_that_make_no_schedule_are_refused() -> None:
+    whole = "size, batches and replay are whole numbers"
+    for stages, how, message in (
+        (((float("nan"), 32), (1, 64)), {}, "must end one after another"),
+        (((0.5, 32.5), (1, 64)), {}, whole),
+        (((0.5, 32, 1.5), (1, 64)), {}, whole),
+        (((1, 64),), {"strengths": 0.5}, "strengths must be a tuple"),
+        (((1, 64),), {"strengths": (-0.1,)}, "strengths must be a tuple"),
+        (((1, 64),), {"axis": "epochs"}, "axis must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Schedule(tuple(Stage(*stage) for stage in stages), **how)
+    with pytest.raises(ValueError, match="must be at least 1, not 64 and 0"):
+        ET.scaled(64, 0)
+    assert ET.at(-1) == ET.stages[0]
+    assert ET.at(2) == ET.stages[-1]

@@ -288,7 +288,7 @@ def test_bf16_autocast_stays_near_fp32(net: str, backend: str) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in spark.parameters())
 
 
-@pytest.mark.parametrize("backend", ["packed", "dense"])
+@pytest.mark.parametrize("backend", ["packed", pytest.param("dense", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("net", ["resnet18", "convnext_atto", "mobilenetv3_small_100", *SLOW_NETS])
 def test_one_full_graph_for_many_masks(net: str, backend: str) -> None:
     """T11. The captured graph runs as is ("eager" backend), so that results are equal to the bit."""

@@ -145,8 +145,7 @@ def _pass(backend: str, net: str, mask: Tensor, images: Tensor) -> dict[str, Ten
     "net",
     [
         "test_resnet",
-        "convnext_atto",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet50", "regnety_008")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("convnext_atto", "resnet50", "regnety_008")),
     ],
 )
 def test_backends_agree_on_features_gradients_and_buffers(net: str, threads: int) -> None:

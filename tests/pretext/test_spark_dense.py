@@ -288,7 +288,13 @@ def test_hidden_pixels_change_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["test_resnet", "test_convnext2", "test_efficientnet", "tv:mobilenet_v3_small"]
+    "name",
+    [
+        "test_resnet",
+        "test_convnext2",
+        "test_efficientnet",
+        pytest.param("tv:mobilenet_v3_small", marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_once_for_many_masks(name: str) -> None:
     torch._dynamo.reset()

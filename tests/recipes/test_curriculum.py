@@ -357,8 +357,19 @@ def test_a_replay_buffer_trains_and_is_declared(
             [*FLAGS, "--augment-on", "device", "--curriculum-op", "bilinear"],
             ["--augment-on device", "fourier"],
         ),
+        (TRAIN, [*FLAGS, "--replay-buffer", "9"], ["--curriculum et replays nothing"]),
+        (
+            TRAIN,
+            [*FLAGS, "--replay-buffer", "1000000000", "--curriculum", "et_pp"],
+            ["--replay-buffer 1000000000 is more than the", "images that there are"],
+        ),
+        (TRAIN, [*FLAGS, "--curriculum", "nan:32,1:64"], ["--curriculum nan:32,1:64", "one after another"]),
         (TRAIN, [*FLAGS, "--backbone", "tv:vit_b_32"], ["does not run on images of 48x48"]),
-        (SPARK, [*FLAGS, "--image-size", "64"], ["leaves 0 of 1 cells visible"]),
+        (
+            SPARK,
+            [*FLAGS, "--image-size", "64"],
+            ["leaves 0 of 1 cells visible", "choose a larger --image-size"],
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )

@@ -1,7 +1,10 @@
 """recipes/schedule_search.py: what a trial trains, what the result means, resume, and errors."""
 
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +14,7 @@ import pytest
 from recipe_programs import SEARCH, run
 
 from leaven.curricula import EfficientTrain
+from leaven.curricula.search import SearchResult
 from leaven.recipes.common.curriculum import read_schedule
 from leaven.recipes.common.flags import run_main
 
@@ -88,9 +92,14 @@ def test_a_search_finds_a_curriculum_and_does_nothing_twice(tmp_path: Path, meth
     [
         (["--sizes", "64"], ["--sizes 64", "two"]),
         (["--stages", "1"], ["--stages must be at least 2"]),
-        (["--callbacks", "efficienttrain"], ["leave --callbacks out"]),
+        (["--callbacks", "efficienttrain"], ["leave --callbacks, --curriculum"]),
         (["--method", "random"], ["--method", "greedy"]),
         (["--data", "nowhere"], ["nowhere"]),
+        (["--curriculum", "et_pp"], ["leave --callbacks, --curriculum and --replay-buffer out"]),
+        (["--dry-run"], ["--dry-run: a search has none"]),
+        (["--image-size", "32"], ["--image-size is the largest of --sizes, 64"]),
+        (["--finetune-epochs", "3"], ["--finetune-epochs is of --method compute"]),
+        (["--method", "compute", "--tolerance", "0.1"], ["--tolerance is of --method greedy"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
@@ -105,3 +114,68 @@ def test_wrong_flags(
     assert len(lines) == 1
     for part in parts:
         assert part in lines[0]
+
+
+def searched(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[Any]:
+    """Searches that train nothing: what they were asked for."""
+    asked: list[Any] = []
+
+    def search(function: Any, sizes: Any, stages: int, **how: Any) -> Any:
+        asked.append({"function": function, **how})
+        return SearchResult((32,) * stages, 0.5, ())
+
+    monkeypatch.setattr(module, "greedy_search", search)
+    monkeypatch.setattr(module, "compute_search", search)
+    return asked
+
+
+def test_a_search_goes_on_only_with_what_it_began_with(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe(SEARCH)
+    searched(monkeypatch, module)
+    module.main([*SMALL, "--output-dir", "out"])
+    written = Path("out/config.yaml").read_text()
+    module.main([*SMALL, "--output-dir", "out", "--resume", "auto", "--jobs", "2", "--time-limit", "60"])
+    changed = (["--lr", "0.01"], ["--seed", "3"], ["--epochs", "5"], ["--backbone", "resnet10t"])
+    for flags in changed:
+        with pytest.raises(SystemExit) as stopped:
+            run_main(
+                lambda flags=flags: module.main([*SMALL, *flags, "--output-dir", "out", "--resume", "auto"])
+            )
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert f"cannot resume out exactly: {flags[0][2:]} " in said
+        assert f"-> {flags[1]}; go back to the old values" in said
+    assert Path("out/config.yaml").read_text().replace("jobs: 2", "jobs: 1") == written.replace(
+        "time_limit: null", "time_limit: 60.0"
+    )
+
+
+def test_the_budget_of_a_stage_knows_the_limit_of_batches(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe(SEARCH)
+    asked = searched(monkeypatch, module)
+    module.main([*SMALL, "--method", "compute", "--output-dir", "out"])  # 2 epochs of 4 batches, 3 stages
+    assert asked[0]["budget"] == 2 * 4 * 64**2 / 3
+    assert asked[0]["function"].args[2] == 4
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_search_in_one_line(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, signum: int
+) -> None:
+    module = recipe(SEARCH)
+
+    def killed(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signum)
+        time.sleep(5)
+
+    monkeypatch.setattr(module, "greedy_search", killed)
+    before = signal.getsignal(signum)
+    with pytest.raises(SystemExit) as stopped:
+        module.main([*SMALL, "--output-dir", "out"])
+    assert stopped.value.code == 128 + signum
+    assert f"stopped by signal {int(signum)}" in capsys.readouterr().out
+    assert signal.getsignal(signum) is before
