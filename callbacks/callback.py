@@ -157,7 +157,9 @@ def map_images(
             return args, {**kwargs, name: function(value)}
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim == 4 and value.dtype == torch.uint8:
-            raise TypeError("the model was called with images of torch.uint8: normalise them before the model")
+            raise TypeError(
+                "the model was called with images of torch.uint8: normalise them before the model"
+            )
     raise TypeError("the model was called without images: expected a floating-point tensor (B, C, H, W)")
 
 
