@@ -34,6 +34,23 @@ from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import leave_group, read_settings, start, synchronised
 from leaven.recipes.common.validation import Validation
 
+
+@dataclass(frozen=True)
+class Method:
+    """What differs between recipes that train a classifier.
+
+    Attributes:
+        recipe: its name, of run folders.
+        title, paper: for the model card.
+        objective: makes the objective around a network from settings, network, images and device, and lines to print.
+    """
+
+    recipe: str
+    title: str
+    paper: str
+    objective: Callable[[Any, nn.Module, Images, torch.device], tuple[Any, list[str]]]
+
+
 EVONORMS = tuple(f"evonorm_{kind}" for kind in ("b0", "b1", "b2", "s0", "s1", "s2"))
 
 
@@ -138,15 +155,27 @@ def surgery(settings: TrainSettings) -> Callable[[nn.Module], object] | None:
     return partial(replace_norm_act, factory=partial(evo_norm, kinds[0])) if kinds else None
 
 
-def train(settings: TrainSettings, data: Data) -> None:
-    """One run: data, network, optimizer, loop, and what came out of it."""
-    accelerator, run, settings = start(settings, "train")
+def supervised(
+    settings: TrainSettings, backbone: nn.Module, images: Images, device: torch.device
+) -> tuple[Supervised, list[str]]:
+    """Cross-entropy of the network's own classifier."""
+    kind = "binary" if settings.bce_loss else "softmax"
+    line = f"loss: {kind} cross-entropy over {len(images.data.classes)} classes, label smoothing {settings.smoothing:g}"
+    return Supervised(backbone, settings.smoothing, settings.bce_loss).to(device), [line]
+
+
+SUPERVISED = Method("train", "supervised training", "timm's losses and mixing", supervised)
+
+
+def train(settings: TrainSettings, data: Data, method: Method = SUPERVISED) -> None:
+    """One run: data, network, objective, optimizer, loop, and what came out of it."""
+    accelerator, run, settings = start(settings, method.recipe)
     size, classes = settings.image_size or data.image_size, len(data.classes)
     data = keep_few(data, settings.labels, settings.labels_seed)
     backbone = build_backbone(settings, size, settings.drop_path, classes)
     images = Images.of(data, settings, size, backbone)
     with user_errors(ValueError):
-        objective = Supervised(backbone, settings.smoothing, settings.bce_loss).to(accelerator.device)
+        objective, how = method.objective(settings, backbone, images, accelerator.device)
         mix = mixing(settings.mixup, settings.cutmix, settings.smoothing, classes)
         ema = (
             None
@@ -157,10 +186,6 @@ def train(settings: TrainSettings, data: Data) -> None:
         raise UserError(f"--mixup and --cutmix pair images: --batch-size {settings.batch_size} must be even")
     depths = layer_groups(backbone, size)
     layers = max(depths.values()) - 1
-    how = [
-        f"loss: {'binary' if settings.bce_loss else 'softmax'} cross-entropy over {classes} classes, label "
-        f"smoothing {settings.smoothing:g}",
-    ]
     if settings.layer_decay != 1:
         how.append(
             f"layer-wise decay {settings.layer_decay:g} over {layers} groups of blocks: the stem learns at "
@@ -210,7 +235,7 @@ def train(settings: TrainSettings, data: Data) -> None:
         return
 
     loss_curve(run.rows(), run.plots / "loss.png", f"{settings.backbone} on {data.name}")
-    notes = {"method": "supervised", **images.notes, "num_classes": classes}
+    notes = {"method": method.title, **images.notes, "num_classes": classes}
     with user_errors(OSError):
         objective.export(run.backbone, name=settings.backbone, **notes)
         if ema is not None:
@@ -229,8 +254,8 @@ def train(settings: TrainSettings, data: Data) -> None:
     write_card(
         run,
         resolve(settings.backbone),
-        "supervised training",
-        "timm's losses and mixing" if settings.init is None else f"from {settings.init}",
+        method.title,
+        method.paper if settings.init is None else f"from {settings.init}",
         data=about,
         how=how + lines,
         results=results,

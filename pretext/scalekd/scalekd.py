@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from leaven.backbones import Stage, create, data_config, save
-from leaven.backbones.probe import ImageSize
+from leaven.backbones.probe import UNSUITABLE, ImageSize
 from leaven.pretext.output import Output
 from leaven.pretext.scalekd.projector import CrossAttentionProjector
 from leaven.pretext.scalekd.tail import Targets, TeacherTail
@@ -148,6 +148,19 @@ class ScaleKD(nn.Module):
         if targets.ndim == 1:
             logs["top1"] = (logits.detach().argmax(1) == targets).float().mean()
         return Output(torch.stack(list(parts.values())).sum(), logs)
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Whether the teacher takes images of this size.
+
+        Raises:
+            ValueError: it does not.
+        """
+        like = next(self.tail.teacher.parameters())
+        if self.teacher_size is None:
+            try:
+                self.tail.targets(torch.zeros(1, 3, height, width, dtype=like.dtype, device=like.device))
+            except UNSUITABLE as error:
+                raise ValueError(f"the teacher does not: {' '.join(str(error).split())[:100]}") from error
 
     def export(self, path: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> None:
         """Write the student's weights alone, classifier included; see `leaven.backbones.save`."""

@@ -47,7 +47,7 @@ def make_optimizer(
     own: Any = getattr(objective, "no_weight_decay", tuple)  # timm's convention for a model's own exceptions
     groups = optim.param_groups_weight_decay(objective, decay, no_weight_decay_list={*own(), *_NO_DECAY})
     if lr_scales is not None:
-        groups = _by_scale(groups, {p: lr_scales[name] for name, p in objective.named_parameters()})
+        groups = _by_scale(groups, {p: lr_scales.get(name, 1.0) for name, p in objective.named_parameters()})
     try:
         optimizer: Optimizer = optim.create_optimizer_v2(
             groups, name, lr=settings.lr, weight_decay=decay, **kwargs

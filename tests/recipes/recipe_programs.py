@@ -16,8 +16,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parent / "tiny_run.py"
-SPARK, TRAIN, EVALUATE, ROTNET, SEARCH = (
-    ROOT / "recipes" / f"{name}.py" for name in ("spark", "train", "evaluate", "rotnet", "schedule_search")
+SPARK, TRAIN, EVALUATE, ROTNET, SEARCH, SCALEKD = (
+    ROOT / "recipes" / f"{name}.py"
+    for name in ("spark", "train", "evaluate", "rotnet", "schedule_search", "scalekd")
 )
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
