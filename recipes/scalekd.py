@@ -100,7 +100,7 @@ def distilled(
     lines = [f"teacher: {resolve(settings.teacher)}, {settings.teacher_weights}, frozen"]
     if images.data.classes and getattr(teacher, "num_classes", 0) == len(images.data.classes):
         held_out = images.whole(images.data.val, 2000, crop_pct=settings.crop_pct)
-        converted = ((objective._for_teacher(x.to(device)), y) for x, y in held_out)
+        converted = ((objective.for_teacher(x.to(device)), y) for x, y in held_out)
         top1, _, n = count_correct(teacher, converted).tolist()
         lines.append(f"the teacher's own accuracy on {n} held-out images: {top1 / n:.2%}")
     return objective, lines

@@ -141,7 +141,7 @@ class ScaleKD(nn.Module):
             ValueError: the teacher's logits are not of the student's classes.
         """
         logits, (third, fourth) = tapped(self.backbone, self.taps, images)
-        teacher = self.tail.targets(self._for_teacher(images))
+        teacher = self.tail.targets(self.for_teacher(images))
         parts = self._of_logits(logits, teacher.logits, targets)
         parts |= self._of_features(third, fourth, teacher)
         logs = {name: part.detach() for name, part in parts.items()}
@@ -207,7 +207,8 @@ class ScaleKD(nn.Module):
                 parts[name + stage] = alphas[view] * loss(tokens_of, teacher.map, self.reduction)
         return parts
 
-    def _for_teacher(self, images: Tensor) -> Tensor:
+    def for_teacher(self, images: Tensor) -> Tensor:
+        """The student's images as the teacher has them: its mean and standard deviation, its size."""
         if self._convert is not None:
             (mean, std), (other_mean, other_std) = (
                 (
