@@ -29,7 +29,7 @@ from leaven.callbacks.callback import (
     updates,
 )
 from leaven.callbacks.hooks import Hook, Switch, watch
-from leaven.callbacks.wrappers import AttachError, counted_by, obstacles, unwrap_model, unwrap_optimizers
+from leaven.callbacks.wrappers import AttachError, in_ddp, obstacles, unwrap_model, unwrap_optimizers
 
 __all__ = [
     "AttachError",
@@ -308,10 +308,10 @@ def _check_obstacles(model: nn.Module, callbacks: Sequence[Callback], ignored: s
 
 def _check_surgery(model: nn.Module, callbacks: Sequence[Callback]) -> None:
     surgery = [callback.name for callback in callbacks if callback.order < SURGERY]
-    if surgery and (wrapper := counted_by(model)):
+    if surgery and in_ddp(model):
         raise AttachError(
             f"{', '.join(surgery)} changes the parameters of {type(unwrap_model(model)).__name__}: attach it "
-            f"before it is wrapped in {wrapper} (before accelerator.prepare)"
+            "before it is wrapped in DistributedDataParallel (before accelerator.prepare)"
         )
 
 

@@ -124,9 +124,6 @@ class TrAct(Callback):
             if self._progress.step % _LOOK == 0:
                 first.report()
 
-    def logs(self) -> dict[str, float]:
-        return {}
-
     def __repr__(self) -> str:
         where = ", ".join(first.name for first in self._first) or self.layers
         return f"TrAct(lam={self.lam}, layers={where!r}, when={self.when!r})"

@@ -32,13 +32,9 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def counted_by(model: nn.Module) -> str | None:
-    """The wrapper around `model` that goes by the parameters that it found, if there is one."""
-    while attribute := next((_WRAPPERS[name] for name in _class_names(model) if name in _WRAPPERS), None):
-        if "DistributedDataParallel" in _class_names(model):
-            return "DistributedDataParallel"
-        model = getattr(model, attribute)
-    return None
+def in_ddp(model: nn.Module) -> bool:
+    """Whether DDP is around it, which goes by the parameters that it found."""
+    return any("DistributedDataParallel" in _class_names(module) for module in model.modules())
 
 
 def unwrap_optimizers(optimizer: object) -> tuple[Optimizer, ...]:

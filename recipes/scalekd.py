@@ -114,7 +114,7 @@ def load_teacher(settings: ScaleKDSettings, images: Images) -> tuple[nn.Module, 
     """
     weights, classes = settings.teacher_weights, len(images.data.classes)
     pretrained = weights == "pretrained"
-    how: dict[str, Any] = {} if pretrained else {"num_classes": classes}
+    how: dict[str, Any] = {"in_chans": settings.in_chans} | ({} if pretrained else {"num_classes": classes})
     try:
         with user_errors(ValueError):
             teacher = create(settings.teacher, pretrained=pretrained, image_size=images.size, **how)
@@ -125,6 +125,8 @@ def load_teacher(settings: ScaleKDSettings, images: Images) -> tuple[nn.Module, 
         ) from error
     config = data_config(teacher)
     moments = config["mean"], config["std"]
+    if len(config["mean"]) != settings.in_chans:
+        moments = tuple(images.mean), tuple(images.std)
     if weights is not None and not pretrained:
         with user_errors(FileNotFoundError, WeightsMismatch):
             load(teacher, weights)

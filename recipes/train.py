@@ -82,6 +82,11 @@ class TrainSettings(CurriculumSettings):
     FREE = CurriculumSettings.FREE | {"eval_every", "crop_pct"}
     CALLBACKS = ("efficienttrain", "ema", "tract", *EVONORMS)
 
+    @property
+    def evonorms(self) -> list[str]:
+        """Kinds of EvoNorm among the callbacks."""
+        return [name.removeprefix("evonorm_") for name in self.callbacks if name in EVONORMS]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if "ema" in self.callbacks and self.model_ema_decay is None:
@@ -92,7 +97,7 @@ class TrainSettings(CurriculumSettings):
             raise UserError(f"--tract-lam must be greater than 0, got {self.tract_lam}")
         if self.tract_lam != 0.1 and "tract" not in self.callbacks:
             raise UserError("--tract-lam is of a callback: add --callbacks tract")
-        if sum(name in EVONORMS for name in self.callbacks) > 1:
+        if len(self.evonorms) > 1:
             raise UserError(
                 f"--callbacks {','.join(self.callbacks)}: one EvoNorm takes the place of all others"
             )
@@ -151,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def surgery(settings: TrainSettings) -> Callable[[nn.Module], object] | None:
     """What --callbacks evonorm_... does to the plain network."""
-    kinds = [name.removeprefix("evonorm_") for name in settings.callbacks if name in EVONORMS]
+    kinds = settings.evonorms
     return partial(replace_norm_act, factory=partial(evo_norm, kinds[0])) if kinds else None
 
 
@@ -218,7 +223,7 @@ def train(settings: TrainSettings, data: Data, method: Method = SUPERVISED) -> N
         output: Output = model(pixels, targets)
         return output
 
-    evonorms = [EvoNorm(name.removeprefix("evonorm_")) for name in settings.callbacks if name in EVONORMS]
+    evonorms = [EvoNorm(kind) for kind in settings.evonorms]
     # Whole updates: what is learnt does not depend on --grad-accum-steps.
     tract = TrAct(settings.tract_lam, when="step") if "tract" in settings.callbacks else None
     observers = [each for each in (tract, curriculum, ema, validation) if each is not None]

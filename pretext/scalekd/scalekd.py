@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from leaven.backbones import Stage, create, data_config, save
-from leaven.backbones.probe import UNSUITABLE, ImageSize
+from leaven.backbones.probe import UNSUITABLE, ImageSize, candidate_images, first_that_runs
 from leaven.pretext.output import Output
 from leaven.pretext.scalekd.projector import CrossAttentionProjector
 from leaven.pretext.scalekd.tail import Targets, TeacherTail
@@ -108,7 +108,7 @@ class ScaleKD(nn.Module):
         self.taps = find_taps(
             student, two_stages(student, image_size) if stages == "auto" else stages, image_size
         )
-        probe = self._probe(teacher)
+        probe = self._probe(teacher_size)
         entry, exit_ = probe.as_map(self.tail), probe.map
         norm: Literal["batch", "layer"] = "batch" if _has_batch_norm(student) else "layer"
         widths = entry.shape[1], exit_.shape[1]
@@ -155,10 +155,9 @@ class ScaleKD(nn.Module):
         Raises:
             ValueError: it does not.
         """
-        like = next(self.tail.teacher.parameters())
         if self.teacher_size is None:
             try:
-                self.tail.targets(torch.zeros(1, 3, height, width, dtype=like.dtype, device=like.device))
+                self._probe((height, width))
             except UNSUITABLE as error:
                 raise ValueError(f"the teacher does not: {' '.join(str(error).split())[:100]}") from error
 
@@ -222,11 +221,10 @@ class ScaleKD(nn.Module):
             images = F.interpolate(images, self.teacher_size, mode="bicubic", antialias=True)
         return images
 
-    def _probe(self, teacher: nn.Module) -> Targets:
-        from leaven.backbones.probe import candidate_images, first_that_runs
-
+    def _probe(self, size: ImageSize) -> Targets:
+        """What the teacher makes of an image of this size, or of its own."""
         found: Targets
-        _, found = first_that_runs(self.tail.targets, candidate_images(teacher, self.teacher_size))
+        _, found = first_that_runs(self.tail.targets, candidate_images(self.tail.teacher, size))
         return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ScaleKD":

@@ -1,6 +1,11 @@
 """A tiny network, an objective around it, and callbacks that exercise every kind of hook point."""
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,6 +140,29 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
+
+
+def run_twice(script: str, out: Path) -> None:
+    """Run a test file as a script, in two processes of one gloo group; each is told the folder `out`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(out)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)[-3000:]
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -9,8 +9,6 @@ import itertools
 import json
 import os
 import pickle
-import socket
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from callback_toys import (
     assert_same,
     batch,
     hook_count,
+    run_twice,
     snapshot,
     train_step,
 )
@@ -434,25 +433,7 @@ def keys_under_ddp_and_compile() -> bool:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(out)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)[-3000:]
+    run_twice(__file__, out)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 

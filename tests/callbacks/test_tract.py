@@ -5,10 +5,7 @@ Run as a script, this file is one of two processes.
 
 import copy
 import itertools
-import os
 import pickle
-import socket
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from callback_toys import run_twice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -664,25 +662,7 @@ def worker(out: Path) -> None:
 
 
 def two_processes(out: Path) -> list[dict[str, Tensor]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(out)],
-            env={**os.environ, **shared, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)[-3000:]
+    run_twice(__file__, out)
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 

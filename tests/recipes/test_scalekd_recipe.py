@@ -55,6 +55,11 @@ def test_a_teacher_of_the_train_recipe_teaches(
     assert not any("teacher" in key or "tail" in key for key in saved)
 
 
+def test_grey_images_reach_a_grey_teacher(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe(SCALEKD).main([*STUDENT[:-1], "--image-size", "32", "--in-chans", "1", "--dry-run"])
+    assert "exported weights load into the plain backbone" in capsys.readouterr().out
+
+
 def test_resume_is_the_uninterrupted_run(recipe: Recipe, weights: str) -> None:
     module = recipe(SCALEKD)
     flags = [*STUDENT, weights, *FLAGS, "--save-every", "1"]
