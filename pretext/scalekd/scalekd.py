@@ -127,12 +127,13 @@ class ScaleKD(nn.Module):
         self.spatial4 = projector(fourth.channels, widths[1], h4, fourth.grid, None)
         self.frequency4 = projector(fourth.channels, widths[1], h4, fourth.grid, None)
 
-    def forward(self, images: Tensor, targets: Tensor) -> Output:
+    def forward(self, images: Tensor, targets: Tensor, teacher: Targets | None = None) -> Output:
         """The loss of a batch.
 
         Args:
             images: (B, C, H, W), normalised for the student.
             targets: class indices (B,), or soft labels (B, N).
+            teacher: of `CachedTargets`, in place of a pass of the teacher.
 
         Returns:
             The loss, and as logs its parts, weighted: ce, kd, spatial3, frequency3, spatial4, frequency4; and top1.
@@ -141,7 +142,8 @@ class ScaleKD(nn.Module):
             ValueError: the teacher's logits are not of the student's classes.
         """
         logits, (third, fourth) = tapped(self.backbone, self.taps, images)
-        teacher = self.tail.targets(self.for_teacher(images))
+        if teacher is None:
+            teacher = self.tail.targets(self.for_teacher(images))
         parts = self._of_logits(logits, teacher.logits, targets)
         parts |= self._of_features(third, fourth, teacher)
         logs = {name: part.detach() for name, part in parts.items()}

@@ -162,9 +162,13 @@ class TeacherTail:
             raise NoTail(f"{n} tokens are no grid of an image {height}x{width}")
         return rows, n // rows
 
+    def goes_with_images(self, number: int, key: int | str) -> bool:
+        """Whether this argument of the tail's layer has a row for each image; known after the first pass."""
+        return (number, key) in (self._per_image or ())
+
     def _for_views(self, number: int, key: int | str, value: Any, views: int) -> Any:
         """An argument of a layer for so many views of the images."""
-        if views > 1 and (number, key) in (self._per_image or ()):
+        if views > 1 and self.goes_with_images(number, key):
             return value.repeat(views, *([1] * (value.ndim - 1)))
         return value
 
