@@ -1,13 +1,14 @@
 """Pooled features of any backbone, for evaluation: norm layers in eval mode, nothing disturbed."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leaven.backbones import NoStages, features, stages
+from leaven.backbones import NoStages, Stage, features, stages
+from leaven.backbones.probe import UNSUITABLE, ImageSize, candidate_images, first_that_runs, untouched
 
 
 def extract_features(
@@ -42,10 +43,11 @@ def extract_features(
     device = torch.device(device) if device is not None else device_of(backbone)
     # Iterating a DataLoader draws from the global generator: restore it, or evaluating would change training.
     with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(backbone):
-        pooled = None
+        maps = None
         for images in _batches(loader_or_images, batch_size):
-            pooled = pooled or _pooling(backbone, images)
-            collected.append(pooled(images.to(device)).float().cpu())
+            if maps is None:
+                maps = last_map(backbone, (images.shape[-2], images.shape[-1]))
+            collected.append(pooled_features(backbone, images.to(device), maps).float().cpu())
     if not collected:
         raise ValueError("no images to extract features from")
     return torch.cat(collected)
@@ -133,18 +135,54 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _pooling(backbone: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """How this backbone gives (B, D) features; see `extract_features`."""
-    model: Any = backbone
-    if hasattr(model, "forward_head"):  # timm's interface
-        return lambda x: _pooled(model.forward_head(model.forward_features(x), pre_logits=True))
+def last_map(backbone: nn.Module, image_size: ImageSize) -> tuple[Stage, ...]:
+    """The map whose mean is the pooled features; none where they are read otherwise, see `extract_features`."""
+    if hasattr(backbone, "forward_head"):
+        return ()
     try:
-        maps = stages(backbone, image_size=(images.shape[-2], images.shape[-1]))
-    except NoStages:  # a transformer, or a network of one resolution
-        maps = ()
-    if len(maps) > 1:
-        return lambda x: _pooled(features(backbone, x, maps[-1:])[-1])
-    return lambda x: _pooled(_before_classifier(backbone, x))
+        maps = stages(backbone, image_size=image_size)
+    except NoStages:
+        return ()
+    return maps[-1:] if len(maps) > 1 else ()
+
+
+def pooled_features(backbone: nn.Module, images: Tensor, maps: tuple[Stage, ...]) -> Tensor:
+    """Features (B, D) as `extract_features` collects them, with gradient, in whatever mode the backbone is in.
+
+    From the backbone as it is now: nothing here must outlive a copy or a replaced layer.
+
+    Args:
+        backbone: any vision backbone.
+        images: (B, C, H, W), normalised.
+        maps: `last_map` of it.
+    """
+    model: Any = backbone
+    if hasattr(model, "forward_head"):
+        return _pooled(model.forward_head(model.forward_features(images), pre_logits=True))
+    return _pooled(features(backbone, images, maps)[-1] if maps else _before_classifier(backbone, images))
+
+
+def try_features(
+    backbone: nn.Module, maps: tuple[Stage, ...], image_size: ImageSize
+) -> tuple[Tensor, list[str]]:
+    """Features (1, D) of some image, and the names of the parameters without a part in them. Leaves no trace.
+
+    Raises:
+        ValueError: the backbone does not run on an image of this size, or gives no features.
+    """
+    parameters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    with untouched(backbone), torch.enable_grad():
+        images = candidate_images(backbone, image_size)
+        try:
+            _, found = first_that_runs(lambda image: pooled_features(backbone, image, maps), images)
+        except UNSUITABLE as error:
+            what, reason = type(backbone).__name__, str(error).partition("\n")[0]
+            raise ValueError(f"{what} did not run on a test image; pass image_size: {reason}") from None
+        if not found.requires_grad:
+            return found, sorted(parameters)
+        gradients = torch.autograd.grad(found.sum(), list(parameters.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+    return found.detach(), unused
 
 
 def _before_classifier(model: nn.Module, images: Tensor) -> Any:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leaven.backbones import NoStages, Stage, create, features, resolve, save, stages
-from leaven.backbones.probe import UNSUITABLE, ImageSize, candidate_images, first_that_runs, untouched
-from leaven.pretext.features import _before_classifier, _pooled, eval_mode
+from leaven.backbones import create, resolve, save
+from leaven.backbones.probe import ImageSize
+from leaven.pretext.features import eval_mode, last_map, pooled_features, try_features
 from leaven.pretext.output import Output
 
 
@@ -98,8 +98,8 @@ class RotNet(nn.Module):
         self.name = resolve(backbone) if isinstance(backbone, str) else None
         self.backbone = create(backbone, image_size=image_size)
         self.mode = mode
-        self.maps = _last_map(self.backbone, image_size)
-        example, unused = _dry_run(self.backbone, self.maps, image_size)
+        self.maps = last_map(self.backbone, image_size)
+        example, unused = try_features(self.backbone, self.maps, image_size)
         if head is None:
             head = nn.Linear(example.shape[1], 4, device=example.device, dtype=example.dtype)
         self.head = head
@@ -125,7 +125,7 @@ class RotNet(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, 4) for images (B, C, S, S) as they are."""
-        logits: Tensor = self.head(_pooled_features(self.backbone, images, self.maps))
+        logits: Tensor = self.head(pooled_features(self.backbone, images, self.maps))
         return logits
 
     def no_weight_decay(self) -> set[str]:
@@ -261,39 +261,3 @@ def _pixels(x: Tensor) -> tuple[Tensor, tuple[int, int], bool]:
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return x, (2, 3), False
     return x.permute(0, 2, 3, 1), (1, 2), True
-
-
-def _last_map(backbone: nn.Module, image_size: ImageSize) -> tuple[Stage, ...]:
-    """The map whose mean is the pooled features; none where they are read otherwise, see `extract_features`."""
-    if hasattr(backbone, "forward_head"):
-        return ()
-    try:
-        maps = stages(backbone, image_size=image_size)
-    except NoStages:
-        return ()
-    return maps[-1:] if len(maps) > 1 else ()
-
-
-def _pooled_features(backbone: nn.Module, images: Tensor, maps: tuple[Stage, ...]) -> Tensor:
-    """(B, D), with gradient. From the backbone as it is now: nothing here must outlive a copy or a replaced layer."""
-    model: Any = backbone
-    if hasattr(model, "forward_head"):
-        return _pooled(model.forward_head(model.forward_features(images), pre_logits=True))
-    return _pooled(features(backbone, images, maps)[-1] if maps else _before_classifier(backbone, images))
-
-
-def _dry_run(backbone: nn.Module, maps: tuple[Stage, ...], image_size: ImageSize) -> tuple[Tensor, list[str]]:
-    """Features (1, D) of some image, and the names of the parameters without a part in them. Leaves no trace."""
-    parameters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
-    with untouched(backbone), torch.enable_grad():
-        images = candidate_images(backbone, image_size)
-        try:
-            _, found = first_that_runs(lambda image: _pooled_features(backbone, image, maps), images)
-        except UNSUITABLE as error:
-            what, reason = type(backbone).__name__, str(error).partition("\n")[0]
-            raise ValueError(f"{what} did not run on a test image; pass image_size: {reason}") from None
-        if not found.requires_grad:
-            return found, sorted(parameters)
-        gradients = torch.autograd.grad(found.sum(), list(parameters.values()), allow_unused=True)
-    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
-    return found.detach(), unused

@@ -1,0 +1,75 @@
+"""Scores of calibration against scikit-learn, closed forms, and forecasts that are calibrated by construction."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import log_loss, roc_auc_score
+
+from leaven.bayes.calibration import (
+    auroc,
+    brier,
+    calibration,
+    expected_calibration_error,
+    nll,
+    reliability_plot,
+)
+
+
+def forecasts(n: int = 500, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.randn(n, classes, generator=generator).mul(1.5).softmax(1)
+    return probs, torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+def test_against_scikit_learn() -> None:
+    probs, labels = forecasts()
+    assert nll(probs, labels) == pytest.approx(log_loss(labels, probs.double().numpy()), rel=1e-6)
+    onehot = torch.eye(4)[labels]
+    assert brier(probs, labels) == pytest.approx(float(((probs - onehot) ** 2).sum(1).mean()), rel=1e-5)
+    inside, outside = probs[:200, 0], probs[200:, 1] + 0.1
+    truth = [0] * 200 + [1] * 300
+    assert auroc(inside, outside) == pytest.approx(roc_auc_score(truth, torch.cat([inside, outside])))
+    assert auroc(torch.zeros(3), torch.ones(4)) == 1
+
+
+def test_the_calibration_error_by_hand() -> None:
+    probs = torch.tensor([[0.55, 0.45], [0.6, 0.4], [0.95, 0.05], [0.05, 0.95]], dtype=torch.float64)
+    labels = torch.tensor([0, 1, 0, 1])
+    error, bins = expected_calibration_error(probs, labels, bins=10)
+    assert error == pytest.approx(2 / 4 * abs(0.5 - 0.575) + 2 / 4 * abs(1 - 0.95))
+    assert [each.images for each in bins] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2]
+    assert (bins[5].low, bins[5].high) == (0.5, 0.6)
+    assert math.isnan(bins[0].accuracy)
+
+
+def test_what_is_calibrated_scores_near_zero_and_what_is_sure_of_itself_does_not() -> None:
+    probs, labels = forecasts(40_000)
+    fair, sure = calibration(probs, labels), calibration((3 * probs.log()).softmax(1), labels)
+    assert fair.ece < 0.015
+    assert sure.ece > 0.1
+    assert sure.accuracy == fair.accuracy
+    assert sure.nll > fair.nll
+    assert sure.brier > fair.brier
+    assert str(fair).startswith(f"accuracy {fair.accuracy:.2%}, NLL")
+    perfect = calibration(torch.eye(3, dtype=torch.float64), torch.arange(3))
+    assert (perfect.accuracy, perfect.nll, perfect.brier, perfect.ece) == (1, 0, 0, 0)
+
+
+def test_the_plot(tmp_path: Path) -> None:
+    reliability_plot(calibration(*forecasts()), tmp_path / "reliability.png", "a head")
+    assert (tmp_path / "reliability.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_wrong_input() -> None:
+    probs, labels = forecasts(10)
+    for a, b, message in (
+        (probs, labels[:5], "are needed, not"),
+        (probs[:0], labels[:0], "are needed, not"),
+        (probs.log(), labels, "rows must be probabilities"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibration(a, b)
+    with pytest.raises(ValueError, match="bins must be at least 1"):
+        calibration(probs, labels, bins=0)
