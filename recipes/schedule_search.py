@@ -11,26 +11,20 @@ ones. What was stopped goes on with --resume auto.
 
 import json
 import os
-import signal
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from leaven.curricula.search import compute_search, greedy_search
 from leaven.recipes.common.batches import find_data, user_errors
 from leaven.recipes.common.few_labels import keep_few
 from leaven.recipes.common.flags import UserError, flag, run_main, to_yaml
-from leaven.recipes.common.run_folder import RunFolder, open_run
-from leaven.recipes.common.signals import exit_code
+from leaven.recipes.common.run_folder import open_run
 from leaven.recipes.common.start import read_settings
+from leaven.recipes.common.study import refuse_changes, stopping
 from leaven.recipes.train import TrainSettings, train
 from leaven.trials import TrialsError
 
@@ -95,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     how["journal"] = run.path / f"journal-{settings.method}.jsonl"
     folder, full = str(run.path.resolve()), max(settings.sizes)
     common = replace(trainings(settings), image_size=(full, full))
-    with user_errors(ValueError, TrialsError), stopping(run):
+    with user_errors(ValueError, TrialsError), stopping("search", run):
         if settings.method == "greedy":
             found = greedy_search(
                 partial(whole, common, folder),
@@ -121,46 +115,6 @@ def main(argv: list[str] | None = None) -> None:
     report = {"curriculum": text, "score": found.score, "tried": [asdict(row) for row in found.tried]}
     run.write(run.path / "search.json", json.dumps(report, indent=1))
     print(f"run folder: {run.path} (search.json, a run folder per training)")
-
-
-@contextmanager
-def stopping(run: RunFolder) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the search and its processes with one line; the journal has what was finished."""
-    received: list[int] = []
-
-    def stop(signum: int, frame: object) -> None:
-        received.append(signum)
-        raise KeyboardInterrupt
-
-    previous = {wanted: signal.signal(wanted, stop) for wanted in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    except KeyboardInterrupt:
-        signum = received[0] if received else int(signal.SIGINT)
-        print(
-            f"stopped by signal {signum}: what was trained is kept; go on with --output-dir {run.path} --resume auto"
-        )
-        sys.exit(exit_code(signum))
-    finally:
-        for wanted, handler in previous.items():
-            signal.signal(wanted, handler)
-
-
-def refuse_changes(run: RunFolder, settings: SearchSettings) -> None:
-    """The journal knows sizes, and not what they were tried with: that must be what it was."""
-    if not run.config.is_file():
-        return
-    before, now = (yaml.safe_load(text) for text in (run.config.read_text(), to_yaml(settings)))
-    changed = [
-        f"{name} {before.get(name)} -> {value}"
-        for name, value in now.items()
-        if name not in ("resume", "output_dir", "jobs", "time_limit") and before.get(name) != value
-    ]
-    if changed:
-        raise UserError(
-            f"cannot resume {run.path} exactly: {', '.join(changed)}; go back to the old values, or take another "
-            "--output-dir"
-        )
 
 
 def trainings(settings: SearchSettings) -> TrainSettings:

@@ -1,5 +1,6 @@
 """Deep kernel machines (Yang et al. 2023): Gram matrices that are learnt in place of features."""
 
+from leaven.bayes.deep_kernel_machine.fit import fit
 from leaven.bayes.deep_kernel_machine.grams import (
     Grams,
     gaussian_kl,
@@ -30,6 +31,7 @@ __all__ = [
     "Grams",
     "Prediction",
     "arccos_kernel",
+    "fit",
     "gaussian_kl",
     "gram_step",
     "input_grams",

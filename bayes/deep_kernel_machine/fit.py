@@ -1,0 +1,69 @@
+"""Train a deep kernel machine on vectors: tables, or features that were extracted once."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from leaven.bayes.deep_kernel_machine.machine import DeepKernelMachine
+
+
+def fit(
+    machine: DeepKernelMachine,
+    x: Tensor,
+    targets: Tensor,
+    *,
+    steps: int = 1000,
+    batch_size: int = 256,
+    lr: float = 0.01,
+    seed: int = 0,
+    report: Callable[[int, float], object] | None = None,
+) -> DeepKernelMachine:
+    """Adam with minibatches of a shuffled pass after another, the learning rate falling to 0 as half a cosine.
+
+    Takes the inducing points from `x` if the machine has none. What is drawn depends on `seed` alone; the global random
+    state is left as it was.
+
+    Args:
+        machine: trained in place, and left in eval mode.
+        x: (N, D), standardised.
+        targets: (N, C) or (N,), see `DeepKernelMachine`.
+        steps: updates.
+        batch_size: at most N points are taken.
+        lr: where it starts.
+        seed: of the order, the inducing points and the draws of the loss.
+        report: called with the number of updates done and the loss, after each.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the machine has the parameters that gave it.
+        ValueError: see `DeepKernelMachine.init_inducing` and `.loss`.
+    """
+    if not machine.initialised:
+        machine.init_inducing(x, seed=seed)
+    n, batch_size = len(x), min(batch_size, len(x))
+    optimizer = torch.optim.Adam(
+        (p for p in machine.parameters() if p.requires_grad), lr=lr, betas=(0.9, 0.9)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    machine.train()
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(seed)
+        for step in range(1, steps + 1):
+            if len(order) < batch_size:
+                order += torch.randperm(n, generator=generator).tolist()
+            batch, order = order[:batch_size], order[batch_size:]
+            optimizer.zero_grad()
+            loss = machine.loss(x[batch], targets[batch], n)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {float(loss)} at update {step} of {steps}: lower lr or raise nu"
+                )
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if report is not None:
+                report(step, float(loss.detach()))
+    return machine.eval()
