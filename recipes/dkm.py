@@ -15,6 +15,7 @@ import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -62,6 +63,9 @@ class DKMSettings(ImageSettings):
     batch_size: int = flag(256, "rows per update")
     lr: float = flag(0.02, "learning rate at the start; it falls to 0")
     jobs: int = flag(1, "trials at a time, in processes of their own")
+    dask: str | None = flag(
+        None, "address of a Dask scheduler whose workers do the trials, --jobs of them at a time"
+    )
     time_limit: float | None = flag(
         None, "seconds for one trial, after which it has failed; needs --jobs 2 or more"
     )
@@ -69,6 +73,8 @@ class DKMSettings(ImageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.backbone != "none" and self.data == "diabetes":
+            self.data = "digits"
         for name in ("splits", "seeds", "depth", "inducing", "steps", "jobs"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -82,7 +88,7 @@ class DKMSettings(ImageSettings):
             if getattr(self, name) is not None:
                 kind = "images: add --backbone" if self.backbone == "none" else "tables"
                 raise UserError(f"--{name} is of {kind}")
-        if self.time_limit is not None and self.jobs < 2:
+        if self.time_limit is not None and self.jobs < 2 and self.dask is None:
             raise UserError("--time-limit needs processes of their own: add --jobs 2")
 
 
@@ -129,13 +135,29 @@ def about(settings: DKMSettings) -> list[str]:
 def study(
     trial: Callable[..., Any], trials: dict[str, dict[str, Any]], settings: DKMSettings, run: RunFolder
 ) -> dict[str, Outcome]:
-    """All trials, in this process or in others."""
-    pool = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
-    how: dict[str, Any] = {"executor": pool, "workers": settings.jobs, "time_limit": settings.time_limit}
-    with user_errors(TrialsError), stopping("study", run):
-        return run_trials(
-            trial, trials, journal=run.path / "journal.jsonl", **(how if settings.jobs > 1 else {})
-        )
+    """All trials: in this process, in others, or on a cluster."""
+    how: dict[str, Any] = {"journal": run.path / "journal.jsonl", "time_limit": settings.time_limit}
+    with user_errors(TrialsError), stopping("study", run), ExitStack() as stack:
+        if settings.dask is not None:
+            client = stack.enter_context(connected(settings.dask))
+            how |= {"executor": lambda workers: client.get_executor(), "workers": settings.jobs}
+        elif settings.jobs > 1:
+            pool = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
+            how |= {"executor": pool, "workers": settings.jobs}
+        return run_trials(trial, trials, **how)
+
+
+def connected(address: str) -> Any:
+    """A client of a Dask scheduler."""
+    try:
+        import distributed
+    except ImportError as error:
+        raise UserError('--dask needs Dask: pip install "leaven[cluster]"') from error
+    try:
+        module: Any = distributed
+        return module.Client(address, timeout=10)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--dask {address}: no scheduler answers there ({error})") from error
 
 
 def build(settings: DKMSettings, x: Tensor, outputs: int, nu: str, likelihood: Any) -> DeepKernelMachine:

@@ -1,0 +1,218 @@
+"""recipes/dkm.py: tables of all kinds, features of images, studies in processes and on a cluster, resume, errors."""
+
+import csv
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from recipe_programs import DKM, start
+
+from leaven.recipes.common.flags import run_main
+from leaven.recipes.common.tables import open_table
+
+Recipe = Callable[[Path], ModuleType]
+QUICK = ["--steps", "40", "--inducing", "10", "--nu", "1"]
+
+
+def results(folder: str = "out") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(folder, "results.json").read_text())
+    return found
+
+
+def numbers(n: int = 60) -> np.ndarray[Any, np.dtype[np.float64]]:
+    x = np.random.default_rng(0).normal(size=(n, 3))
+    return np.column_stack([x, x[:, 0] - 2 * x[:, 1], x[:, 2] ** 2])
+
+
+def write_csv(path: str = "table.csv") -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["a", "b", "c", "y", "z"], *numbers().tolist()])
+
+
+def write_folder() -> None:
+    """As the UCI splits lie."""
+    Path("folder").mkdir()
+    np.savetxt("folder/data.txt", numbers())
+    np.savetxt("folder/index_features.txt", [0, 1, 2], fmt="%d")
+    np.savetxt("folder/index_target.txt", [3], fmt="%d")
+    for k in range(2):
+        order = np.random.default_rng(k).permutation(60)
+        np.savetxt(f"folder/index_train_{k}.txt", order[6:], fmt="%d")
+        np.savetxt(f"folder/index_test_{k}.txt", order[:6], fmt="%d")
+
+
+def test_the_default_table(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe(DKM).main(["--steps", "60", "--inducing", "20", "--output-dir", "out"])
+    said = capsys.readouterr().out
+    assert "diabetes: 442 rows, 10 inputs, target progression" in said
+    assert "smoke test" in said
+    (trial,) = results()["trials"].values()
+    assert trial["result"]["nu"] in ("1", "100", "inf")
+    assert trial["result"]["rmse"] < 70  # guessing the mean: 77
+    assert results()["summary"]["rmse"]["standard error"] is None
+
+
+def test_files_give_the_same_numbers(recipe: Recipe) -> None:
+    from pyarrow import parquet, table
+
+    write_csv()
+    columns = dict(zip("abcyz", numbers().T, strict=True))
+    parquet.write_table(table(columns), "table.parquet")
+    for name in ("table.csv", "table.parquet"):
+        recipe(DKM).main([*QUICK, "--data", name, "--target", "y", "--output-dir", name + "-out"])
+    assert results("table.csv-out")["summary"] == results("table.parquet-out")["summary"]
+    opened = open_table("table.csv", "y,z")
+    assert (opened.columns, opened.targets) == (("a", "b", "c"), ("y", "z"))
+    np.testing.assert_array_equal(opened.y, numbers()[:, 3:])
+    train, test = opened.split(0)
+    assert sorted([*train, *test]) == list(range(60))
+    assert len(test) == 6
+    assert not np.array_equal(opened.split(1)[1], test)
+
+
+def test_the_folder_says_which_rows(recipe: Recipe) -> None:
+    write_folder()
+    opened = open_table("folder", None)
+    np.testing.assert_array_equal(opened.y[:, 0], numbers()[:, 3])
+    np.testing.assert_array_equal(opened.split(1)[1], np.loadtxt("folder/index_test_1.txt"))
+    recipe(DKM).main([*QUICK, "--data", "folder", "--splits", "2", "--seeds", "2", "--output-dir", "out"])
+    assert list(results()["trials"]) == [f"split {k}, seed {s}" for k in (0, 1) for s in (0, 1)]
+    assert results()["summary"]["nll"]["standard error"] > 0
+
+
+def test_units_are_the_targets_own(recipe: Recipe) -> None:
+    """A target a thousand times as large: errors a thousand times as large, densities lower by log 1000."""
+    found = []
+    for factor in (1, 1000):
+        with open("table.csv", "w", newline="") as file:
+            rows = numbers()[:, :4] * [1, 5, 1, factor]
+            csv.writer(file).writerows([["a", "b", "c", "y"], *rows.tolist()])
+        recipe(DKM).main([*QUICK, "--data", "table.csv", "--target", "y", "--output-dir", f"out{factor}"])
+        found.append(results(f"out{factor}")["summary"])
+    assert found[1]["rmse"]["mean"] == pytest.approx(1000 * found[0]["rmse"]["mean"], rel=1e-3)
+    assert found[1]["nll"]["mean"] == pytest.approx(found[0]["nll"]["mean"] + np.log(1000), abs=1e-3)
+
+
+def test_processes_and_a_cluster_that_loses_a_worker_give_the_same(recipe: Recipe) -> None:
+    distributed = pytest.importorskip("distributed", reason='needs Dask: pip install "leaven[cluster]"')
+    write_csv()
+    module = recipe(DKM)
+    flags = [*QUICK, "--data", "table.csv", "--target", "y", "--seeds", "4"]
+    module.main([*flags, "--output-dir", "serial"])
+    program = start([sys.executable, DKM, *flags, "--jobs", "2", "--output-dir", "processes"], Path())
+    assert program.wait(120) == 0, program.stdout.read() if program.stdout else ""
+    settings: dict[str, Any] = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**settings) as cluster:
+        address = cluster.scheduler_address
+        program = start(
+            [sys.executable, DKM, *flags, "--jobs", "2", "--dask", address, "--output-dir", "dask"], Path()
+        )
+        os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)  # its nanny starts another
+        assert program.wait(180) == 0, program.stdout.read() if program.stdout else ""
+    for folder in ("processes", "dask"):
+        for name, trial in results("serial")["trials"].items():
+            assert results(folder)["trials"][name]["result"] == trial["result"]
+
+
+def test_what_was_stopped_goes_on(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    write_csv()
+    flags = [
+        "--steps",
+        "300",
+        "--inducing",
+        "10",
+        "--nu",
+        "1",
+        "--data",
+        "table.csv",
+        "--target",
+        "y",
+        "--seeds",
+        "3",
+    ]
+    program = start([sys.executable, DKM, *flags, "--output-dir", "out"], Path())
+    journal = Path("out/journal.jsonl")
+    while not journal.is_file() or not journal.read_text():
+        assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(60) == 143
+    assert program.stdout is not None
+    assert "study stopped by signal 15: what was trained is kept" in program.stdout.read()
+    done = journal.read_text().splitlines()
+    assert 1 <= len(done) < 3
+    module = recipe(DKM)
+    with pytest.raises(SystemExit):
+        run_main(lambda: module.main([*flags, "--depth", "2", "--output-dir", "out", "--resume", "auto"]))
+    assert "depth 3 -> 2" in capsys.readouterr().err
+    module.main([*flags, "--output-dir", "out", "--resume", "auto"])
+    assert journal.read_text().splitlines()[: len(done)] == done
+    module.main([*flags, "--output-dir", "whole"])
+    for name, trial in results("whole")["trials"].items():
+        assert results()["trials"][name]["result"] == trial["result"]
+
+
+def test_images(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--backbone", "resnet10t", "--labels", "20", "--image-size", "32", "--ood", "digits"]
+    flags += ["--workers", "0", "--steps", "150", "--inducing", "30", "--nu", "10"]
+    recipe(DKM).main([*flags, "--output-dir", "out"])
+    (trial,) = results()["trials"].values()
+    assert trial["result"].keys() == {"accuracy", "nll", "brier", "ece", "nu", "ood auroc"}
+    assert trial["result"]["accuracy"] > 0.7
+    assert trial["result"]["ood auroc"] == 0.5  # the same images
+    assert Path("out/plots/reliability-seed0.png").is_file()
+    assert "--labels 20: 200 of 1437 training images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nu", "0"], "--nu 0: numbers greater than 0, or inf"),
+        (["--nu", "much"], "--nu much: numbers greater than 0, or inf"),
+        (["--data", "nowhere"], "--data nowhere: no such table"),
+        (["--data", "empty"], "no data.txt in it"),
+        (["--data", "text.txt"], "a table is a .csv or .parquet file"),
+        (["--data", "table.csv"], "add --target COLUMN; there are: a, b, c, y, z"),
+        (
+            ["--data", "table.csv", "--target", "yy"],
+            "--target yy: no such column in table.csv; did you mean y?",
+        ),
+        (["--data", "table.csv", "--target", "a,b,c,y,z"], "nothing is left in table.csv"),
+        (["--data", "gaps.csv", "--target", "y"], "column 'b' has '' in row 3, which is no number"),
+        (["--data", "ragged.csv", "--target", "y"], "line 4 has 2 values for 5 columns"),
+        (["--data", "short.csv", "--target", "y"], "9 rows are too few"),
+        (["--data", "broken.parquet", "--target", "y"], "cannot read broken.parquet"),
+        (["--labels", "10"], "--labels is of images: add --backbone"),
+        (["--backbone", "resnet18", "--target", "y", "--data", "digits"], "--target is of tables"),
+        (["--time-limit", "5"], "--time-limit needs processes of their own"),
+        (["--data", "folder", "--splits", "3"], "--splits 3: folder has 2"),
+        (["--depth", "0"], "--depth must be at least 1"),
+        (["--dask", "tcp://127.0.0.1:1"], "--dask tcp://127.0.0.1:1: no scheduler answers there"),
+    ],
+)
+def test_wrong_flags(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    write_csv()
+    write_folder()
+    Path("empty").mkdir()
+    Path("text.txt").write_text("1 2 3")
+    lines = Path("table.csv").read_text().splitlines()
+    Path("short.csv").write_text("\n".join(lines[:10]))
+    Path("ragged.csv").write_text("\n".join([*lines[:3], "1,2", *lines[4:]]))
+    gap = lines[3].split(",")
+    Path("gaps.csv").write_text("\n".join([*lines[:3], ",".join([gap[0], "", *gap[2:]]), *lines[4:]]))
+    Path("broken.parquet").write_bytes(b"PAR1 not really")
+    module = recipe(DKM)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: module.main(flags))
+    assert stopped.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(said) == 1
+    assert message in said[0]
