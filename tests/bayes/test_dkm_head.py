@@ -1,6 +1,9 @@
 """DKMHead on backbones of all kinds: frozen or not, in two processes, under autocast, with weights that come back."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +129,46 @@ def test_wrong_arguments() -> None:
     made = DKMHead("test_resnet", 3, n_data=4, n_inducing=64)
     with pytest.raises(ValueError, match="64 inducing points of 24 different ones"):
         made.init_inducing(images()[0])
+
+
+def test_two_processes_are_as_one(tmp_path: Path) -> None:
+    """Each with half of the batch: gradients, the divergences' among them, are those of one process with all of it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*command, __file__, str(tmp_path)], check=True, timeout=120, env=environment)
+    made, x, y = real_head()
+    made(x, y).loss.backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, p in made.named_parameters():
+            assert p.grad is not None
+            assert p.grad.abs().max() > 0
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5)
+
+
+def real_head() -> tuple[DKMHead, Tensor, Tensor]:
+    """Trained together with a backbone without BatchNorm, on real targets, whose loss draws nothing."""
+    made = head("test_convnext", freeze=False, likelihood="gaussian", depth=3)
+    with torch.no_grad():
+        for p in made.machine.parameters():
+            p.add_(0.3 * torch.randn_like(p))  # at the start many gradients are zero
+    x, _ = images()
+    return made.train(), x[:8], torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+
+
+def worker(out: Path) -> None:
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel as DDP
+
+    dist.init_process_group("gloo")
+    made, x, y = real_head()
+    mine = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    wrapped = DDP(made)
+    wrapped(x[mine], y[mine]).loss.backward()
+    torch.save({name: p.grad for name, p in made.named_parameters()}, out / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    worker(Path(sys.argv[1]))
