@@ -7,6 +7,7 @@ from leaven.pretext.evaluation import (
     knn,
     knn_protocol,
     linear_probe,
+    linear_probs,
     linear_protocol,
     recalibrate_batchnorm,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "knn_protocol",
     "kshot_indices",
     "linear_probe",
+    "linear_probs",
     "linear_protocol",
     "pooled_maps",
     "probe_stages",

@@ -23,6 +23,7 @@ __all__ = [
     "knn",
     "knn_protocol",
     "linear_probe",
+    "linear_probs",
     "linear_protocol",
     "recalibrate_batchnorm",
 ]
@@ -132,14 +133,20 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     """
     x, y, queries, labels = (t.cpu().numpy() for t in _checked(train_x, train_y, test_x, test_y))
     x, queries = _standardised(x, queries)
-    held_out = _held_out(y, seed)
-    if len(np.unique(y)) < 2 or not held_out.any():
-        raise ValueError(
-            "linear_probe needs at least two classes, and at least one of them with two examples"
-        )
-    scores = [_regression(l2, x[~held_out], y[~held_out]).score(x[held_out], y[held_out]) for l2 in _L2_GRID]
-    best = _L2_GRID[int(np.argmax(scores))]
-    return float(_regression(best, x, y).score(queries, labels))
+    return float(_chosen_regression(x, y, seed).score(queries, labels))
+
+
+def linear_probs(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Tensor:
+    """Class probabilities (M, C) of the probe whose accuracy `linear_probe` gives, float64; see there.
+
+    C is one more than the largest label; a class that `train_y` lacks has probability 0.
+    """
+    x, y, queries, labels = (t.cpu().numpy() for t in _checked(train_x, train_y, test_x, test_y))
+    x, queries = _standardised(x, queries)
+    model = _chosen_regression(x, y, seed)
+    probs = torch.zeros(len(queries), 1 + int(max(y.max(), labels.max())), dtype=torch.float64)
+    probs[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_proba(queries)).double()
+    return probs
 
 
 def few_label_probe(
@@ -183,6 +190,17 @@ def _regression(l2: float, x: np.ndarray, y: np.ndarray) -> Any:
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=1 / (l2 * len(x)), max_iter=2000).fit(x, y)
+
+
+def _chosen_regression(x: np.ndarray, y: np.ndarray, seed: int) -> Any:
+    """That of the L2 penalty which is best on a fifth of the features, fitted to all of them."""
+    held_out = _held_out(y, seed)
+    if len(np.unique(y)) < 2 or not held_out.any():
+        raise ValueError(
+            "linear_probe needs at least two classes, and at least one of them with two examples"
+        )
+    scores = [_regression(l2, x[~held_out], y[~held_out]).score(x[held_out], y[held_out]) for l2 in _L2_GRID]
+    return _regression(_L2_GRID[int(np.argmax(scores))], x, y)
 
 
 def _held_out(y: np.ndarray, seed: int) -> np.ndarray:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from leaven.backbones import resolve
-from leaven.pretext import few_label_probe, few_protocol, knn, knn_protocol, linear_probe, linear_protocol
+from leaven.bayes import calibration
+from leaven.pretext import few_label_probe, few_protocol, knn, knn_protocol, linear_probs, linear_protocol
 from leaven.pretext.evaluation import FEW, KNN, LINEAR
 from leaven.recipes.common.batches import Images, Part, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import command
@@ -123,7 +124,9 @@ def judge(
     four = train_x, train_y, val_x, val_y
     k = min(20, len(train_x))
     yield {"protocol": KNN, "definition": knn_protocol(k, **words), "top1": knn(*four, k=k)}
-    yield {"protocol": LINEAR, "definition": linear_protocol(**words), "top1": linear_probe(*four, seed=seed)}
+    probe = calibration(linear_probs(*four, seed=seed), val_y.cpu())
+    sure = {"nll": probe.nll, "brier": probe.brier, "ece": probe.ece}
+    yield {"protocol": LINEAR, "definition": linear_protocol(**words), "top1": probe.accuracy, **sure}
     for amount, choices in few.items():
         scores = [few_label_probe(*four, chosen.tolist()) for chosen in choices]
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
@@ -136,6 +139,8 @@ def line(result: dict[str, Any]) -> str:
     """One result in words, its protocol first."""
     size = "x".join(map(str, result["size"]))
     words = f"{result['protocol']:<9}  {result['who']}, {size}: top-1 {result['top1']:.2%}"
+    if result["protocol"] == LINEAR:
+        words += f" (NLL {result['nll']:.3f}, ECE {result['ece']:.3f})"
     if result["protocol"] == FEW:
         choices = (
             f"{len(result['seeds'])} choices of {result['images']} images, {result['labels']} of each class"

@@ -592,3 +592,26 @@ def test_recalibration_without_batchnorm_or_images() -> None:
     with pytest.raises(ValueError, match="no images"):
         recalibrate_batchnorm(model, [])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_probabilities_of_the_linear_probe_are_those_behind_its_accuracy() -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(120) % 4
+    x = torch.randn(120, 6, generator=generator) + torch.eye(6)[y] * 1.5
+    train, test = (x[:80], y[:80]), (x[80:], y[80:])
+    probs = evaluation.linear_probs(*train, *test)
+    assert float((probs.argmax(1) == test[1]).double().mean()) == linear_probe(*train, *test)
+    torch.testing.assert_close(probs.sum(1), torch.ones(40, dtype=torch.float64))
+    mean, std = train[0].mean(0), train[0].std(0, correction=0)
+    scaled = [((part - mean) / std).double().numpy() for part in (train[0], test[0])]
+    losses = []
+    for l2 in (1.0, 1e-1, 1e-2, 1e-3, 1e-4):  # one of the grid
+        model = LogisticRegression(C=1 / (l2 * 80), max_iter=5000).fit(scaled[0], train[1].numpy())
+        losses.append(log_loss(test[1].numpy(), model.predict_proba(scaled[1])))
+    found = float(-probs.gather(1, test[1].unsqueeze(1)).log().mean())
+    assert min(abs(found - each) for each in losses) < 1e-3
+    missing = train[0][train[1] != 2], train[1][train[1] != 2]
+    assert (evaluation.linear_probs(*missing, *test)[:, 2] == 0).all()
