@@ -54,7 +54,7 @@ class DKMSettings(ImageSettings):
     depth: int = flag(3, "kernels one after another; 1 is a sparse Gaussian process")
     inducing: int = flag(100, "inducing points; fewer where there are fewer training rows")
     nu: tuple[str, ...] = flag(
-        ("1",), "how strongly learnt Gram matrices are held; several: chosen, see above"
+        ("1", "100", "inf"), "how strongly learnt Gram matrices are held; several: chosen, see above"
     )
     kernel: Literal["rbf", "arccos", "norm-gauss", "linear"] = flag("rbf", "of a Gram matrix")
     ard: bool = flag(False, "a learnt scale for each input")

@@ -48,7 +48,7 @@ def refuse_changes(run: RunFolder, settings: ImageSettings) -> None:
     changed = [
         f"{name} {before.get(name)} -> {value}"
         for name, value in now.items()
-        if name not in ("resume", "output_dir", "jobs", "time_limit") and before.get(name) != value
+        if name not in ("resume", "output_dir", "jobs", "dask", "time_limit") and before.get(name) != value
     ]
     if changed:
         raise UserError(
