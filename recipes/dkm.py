@@ -34,7 +34,7 @@ from leaven.recipes.common.few_labels import keep_few
 from leaven.recipes.common.flags import ImageSettings, UserError, flag, parse, run_main, to_yaml
 from leaven.recipes.common.launcher import set_threads
 from leaven.recipes.common.probes import labelled_features
-from leaven.recipes.common.run_folder import RunFolder, open_run
+from leaven.recipes.common.run_folder import RunFolder, open_run, writing
 from leaven.recipes.common.study import refuse_changes, stopping
 from leaven.recipes.common.tables import open_table
 from leaven.trials import Outcome, TrialsError, run_trials
@@ -241,8 +241,10 @@ def extract(settings: DKMSettings, cache: Path) -> None:
         other = find_data(replace(settings, data=settings.ood))
         strange = replace(images, data=other)
         found["ood"] = labelled_features(backbone, strange.whole(other.val, len(other.val)))
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({name: (normalised(x), y) for name, (x, y) in found.items()}, cache)
+    temporary = cache.with_suffix(".tmp")
+    with writing(cache):
+        torch.save({name: (normalised(x), y) for name, (x, y) in found.items()}, temporary)
+        temporary.replace(cache)
 
 
 def on_features(settings: DKMSettings, cache: str, plots: str, split: int, seed: int) -> dict[str, Any]:

@@ -131,6 +131,7 @@ def test_wrong_arguments() -> None:
         made.init_inducing(images()[0])
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(tmp_path: Path) -> None:
     """Each with half of the batch: gradients, the divergences' among them, are those of one process with all of it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

@@ -199,8 +199,15 @@ def networks() -> dict[str, tuple[nn.Module, Tensor]]:
     }
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "group norm resnet", "vit", "frozen batch norm"])
-@pytest.mark.parametrize("scope", ["all", "last_block", "head"])
+LARGE = ("group norm resnet", "vit", "frozen batch norm")
+CASES = [
+    pytest.param(name, scope, marks=[pytest.mark.slow] if name in LARGE and scope != "all" else [])
+    for name in ("mlp", "lenet", *LARGE)
+    for scope in ("all", "last_block", "head")
+]
+
+
+@pytest.mark.parametrize(("name", "scope"), CASES)
 def test_functions_are_those_of_a_loop(name: str, scope: Any) -> None:
     net, x = networks()[name]
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -250,10 +257,10 @@ def test_hyper_parameters_are_drawn_for_every_function() -> None:
     )
     x = torch.zeros(1, 1, dtype=torch.float64)
     target = GPTarget(kernel)
-    draws = target.sample(x, 6000, generator())[:, 0, 0]
+    draws = target.sample(x, 2000, generator())[:, 0, 0]
     # A scale mixture of normals: variance E s, fourth moment 3 E s^2.
-    assert float(draws.var()) == pytest.approx(math.exp(0.2 + 0.125), rel=0.1)
-    assert float(draws.pow(4).mean()) == pytest.approx(3 * math.exp(0.4 + 0.5), rel=0.3)
+    assert float(draws.var()) == pytest.approx(math.exp(0.2 + 0.125), rel=0.15)
+    assert float(draws.pow(4).mean()) == pytest.approx(3 * math.exp(0.4 + 0.5), rel=0.4)
     state = torch.random.get_rng_state()
     assert torch.equal(target.sample(x, 3, generator()), target.sample(x, 3, generator()))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -318,7 +325,7 @@ def test_a_wide_relu_network_has_the_arccosine_covariance() -> None:
 # matching
 
 
-@pytest.mark.parametrize("distance", ["w1", "energy", "sliced"])
+@pytest.mark.parametrize("distance", [pytest.param("w1", marks=pytest.mark.slow), "energy", "sliced"])
 def test_a_linear_model_recovers_the_variance_of_a_linear_process(distance: Any) -> None:
     net = nn.Linear(2, 1, bias=False).double()
     kernel = gpytorch.kernels.LinearKernel()

@@ -100,6 +100,7 @@ def test_units_are_the_targets_own(recipe: Recipe) -> None:
     assert found[1]["nll"]["mean"] == pytest.approx(found[0]["nll"]["mean"] + np.log(1000), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_processes_and_a_cluster_that_loses_a_worker_give_the_same(recipe: Recipe) -> None:
     distributed = pytest.importorskip("distributed", reason='needs Dask: pip install "leaven[cluster]"')
     write_csv()
