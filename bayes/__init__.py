@@ -1,7 +1,7 @@
 """How sure the network is.
 
-Deep kernel machines, on vectors and as a head on any backbone; priors over the weights of any module that are matched to
-a Gaussian process, and their posterior; scores of calibration.
+Deep kernel machines, on vectors and as a head on any backbone; priors over the weights of any module, matched to a
+Gaussian process, and their posterior; scores of calibration.
 """
 
 from leaven.bayes.calibration import Calibration, auroc, calibration, reliability_plot
