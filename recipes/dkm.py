@@ -33,7 +33,7 @@ from leaven.recipes.common.card import command
 from leaven.recipes.common.few_labels import keep_few
 from leaven.recipes.common.flags import ImageSettings, UserError, flag, parse, run_main, to_yaml
 from leaven.recipes.common.launcher import set_threads
-from leaven.recipes.common.probes import labelled_features
+from leaven.recipes.common.probes import labelled_features, recalibrate
 from leaven.recipes.common.run_folder import RunFolder, open_run, writing
 from leaven.recipes.common.study import refuse_changes, stopping
 from leaven.recipes.common.tables import open_table
@@ -50,6 +50,7 @@ class DKMSettings(ImageSettings):
     splits: int = flag(1, "train/test splits of the table")
     seeds: int = flag(1, "trainings of every split, from --seed on")
     labels: str | None = flag(None, "learn from N images of each class or P%; none: from all")
+    recalibrate: bool = flag(True, "take BatchNorm's statistics anew from whole training images first")
     ood: str | None = flag(None, "other images, to be told from the known ones by the entropy")
     depth: int = flag(3, "kernels one after another; 1 is a sparse Gaussian process")
     inducing: int = flag(100, "inducing points; fewer where there are fewer training rows")
@@ -233,6 +234,8 @@ def extract(settings: DKMSettings, cache: Path) -> None:
     size = settings.image_size or data.image_size
     backbone = build_backbone(settings, size, classes=0)
     images = Images.of(data, settings, size, backbone)
+    if settings.recalibrate:
+        print("\n".join(recalibrate({settings.backbone: backbone}, images)))
     found = {
         name: labelled_features(backbone, images.whole(part, len(part)))
         for name, part in (("train", data.train), ("val", data.val))

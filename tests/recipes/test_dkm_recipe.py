@@ -168,7 +168,9 @@ def test_images(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert trial["result"]["accuracy"] > 0.7
     assert trial["result"]["ood auroc"] == 0.5  # the same images
     assert Path("out/plots/reliability-seed0.png").is_file()
-    assert "--labels 20: 200 of 1437 training images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--labels 20: 200 of 1437 training images" in said
+    assert "resnet10t: statistics of 13 BatchNorm layers taken anew" in said
 
 
 @pytest.mark.parametrize(
