@@ -170,7 +170,7 @@ def test_images(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("out/plots/reliability-seed0.png").is_file()
     said = capsys.readouterr().out
     assert "--labels 20: 200 of 1437 training images" in said
-    assert "resnet10t: statistics of 13 BatchNorm layers taken anew" in said
+    assert "resnet10t: statistics of 14 BatchNorm layers taken anew" in said
 
 
 @pytest.mark.parametrize(
