@@ -394,6 +394,7 @@ def sampler(**how: Any) -> tuple[SGHMC, Tensor, Tensor]:
     return SGHMC(prior, gaussian_loglik(0.25), x, y, **settings), mean, covariance
 
 
+@pytest.mark.slow
 def test_sghmc_samples_the_exact_posterior_of_linear_regression() -> None:
     chains, mean, covariance = sampler()
     found = chains.run(250)

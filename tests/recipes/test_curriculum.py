@@ -290,6 +290,7 @@ def test_resume_in_every_stage_is_the_uninterrupted_run(
     assert "EfficientTrain (et_pp): [(32, 32), (48, 48), (64, 64)] by " + op in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_spark_under_the_curriculum(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[int, int]] = []
     from leaven.pretext.spark import SparK

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from recipe_programs import DKM, start
 
-from leaven.recipes.common.flags import run_main
+from leaven.recipes.common.flags import UserError, run_main
 from leaven.recipes.common.tables import open_table
 
 Recipe = Callable[[Path], ModuleType]
@@ -60,14 +60,22 @@ def test_the_default_table(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_files_give_the_same_numbers(recipe: Recipe) -> None:
-    from pyarrow import parquet, table
-
+    pyarrow = pytest.importorskip("pyarrow", reason='needs pyarrow: pip install "leaven[parquet]"')
+    parquet = pytest.importorskip("pyarrow.parquet")
     write_csv()
     columns = dict(zip("abcyz", numbers().T, strict=True))
-    parquet.write_table(table(columns), "table.parquet")
+    parquet.write_table(pyarrow.table(columns), "table.parquet")
     for name in ("table.csv", "table.parquet"):
         recipe(DKM).main([*QUICK, "--data", name, "--target", "y", "--output-dir", name + "-out"])
     assert results("table.csv-out")["summary"] == results("table.parquet-out")["summary"]
+    Path("broken.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match=r"cannot read broken\.parquet"):
+        open_table("broken.parquet", "y")
+
+
+def test_columns_and_rows_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_csv()
     opened = open_table("table.csv", "y,z")
     assert (opened.columns, opened.targets) == (("a", "b", "c"), ("y", "z"))
     np.testing.assert_array_equal(opened.y, numbers()[:, 3:])
@@ -122,6 +130,7 @@ def test_processes_and_a_cluster_that_loses_a_worker_give_the_same(recipe: Recip
             assert results(folder)["trials"][name]["result"] == trial["result"]
 
 
+@pytest.mark.slow
 def test_what_was_stopped_goes_on(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     write_csv()
     flags = [
@@ -190,13 +199,11 @@ def test_images(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
         (["--data", "gaps.csv", "--target", "y"], "column 'b' has '' in row 3, which is no number"),
         (["--data", "ragged.csv", "--target", "y"], "line 4 has 2 values for 5 columns"),
         (["--data", "short.csv", "--target", "y"], "9 rows are too few"),
-        (["--data", "broken.parquet", "--target", "y"], "cannot read broken.parquet"),
         (["--labels", "10"], "--labels is of images: add --backbone"),
         (["--backbone", "resnet18", "--target", "y", "--data", "digits"], "--target is of tables"),
         (["--time-limit", "5"], "--time-limit needs processes of their own"),
         (["--data", "folder", "--splits", "3"], "--splits 3: folder has 2"),
         (["--depth", "0"], "--depth must be at least 1"),
-        (["--dask", "tcp://127.0.0.1:1"], "--dask tcp://127.0.0.1:1: no scheduler answers there"),
     ],
 )
 def test_wrong_flags(
@@ -211,7 +218,6 @@ def test_wrong_flags(
     Path("ragged.csv").write_text("\n".join([*lines[:3], "1,2", *lines[4:]]))
     gap = lines[3].split(",")
     Path("gaps.csv").write_text("\n".join([*lines[:3], ",".join([gap[0], "", *gap[2:]]), *lines[4:]]))
-    Path("broken.parquet").write_bytes(b"PAR1 not really")
     module = recipe(DKM)
     with pytest.raises(SystemExit) as stopped:
         run_main(lambda: module.main(flags))
@@ -219,3 +225,26 @@ def test_wrong_flags(
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(said) == 1
     assert message in said[0]
+
+
+@pytest.mark.parametrize(
+    ("library", "flags", "extra"),
+    [
+        ("pyarrow", ["--data", "table.parquet", "--target", "y"], 'pip install "leaven[parquet]"'),
+        ("distributed", ["--dask", "tcp://127.0.0.1:1"], 'pip install "leaven[cluster]"'),
+    ],
+)
+def test_a_missing_extra_is_named(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, library: str, flags: list[str], extra: str
+) -> None:
+    Path("table.parquet").touch()
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError) as error:
+        recipe(DKM).main([*QUICK, *flags])
+    assert extra in str(error.value)
+
+
+def test_a_cluster_that_does_not_answer(recipe: Recipe) -> None:
+    pytest.importorskip("distributed", reason='needs Dask: pip install "leaven[cluster]"')
+    with pytest.raises(UserError, match=r"--dask tcp://127\.0\.0\.1:1: no scheduler answers there"):
+        recipe(DKM).main([*QUICK, "--dask", "tcp://127.0.0.1:1"])

@@ -62,7 +62,7 @@ def by_hand(backbone: nn.Module, size: int) -> dict[str, float]:
     return scores
 
 
-@pytest.mark.parametrize("classes", [0, 10])
+@pytest.mark.parametrize("classes", [0, pytest.param(10, marks=pytest.mark.slow)])
 def test_results_are_those_of_the_protocols(
     evaluate: Evaluate, capsys: pytest.CaptureFixture[str], classes: int
 ) -> None:
