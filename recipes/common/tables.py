@@ -134,6 +134,8 @@ def _csv(path: Path) -> tuple[list[str], dict[str, list[object]]]:
     if len(rows) < 2:
         raise UserError(f"--data {path}: a line with the columns' names and lines of numbers are needed")
     columns = [name.strip() for name in rows[0]]
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise UserError(f"--data {path}: column {twice[0]!r} is there twice")
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(columns):
             raise UserError(f"--data {path}: line {number} has {len(row)} values for {len(columns)} columns")

@@ -197,6 +197,7 @@ def test_images(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["--data", "table.csv", "--target", "a,b,c,y,z"], "nothing is left in table.csv"),
         (["--data", "gaps.csv", "--target", "y"], "column 'b' has '' in row 3, which is no number"),
+        (["--data", "twice.csv", "--target", "y"], "column 'a' is there twice"),
         (["--data", "ragged.csv", "--target", "y"], "line 4 has 2 values for 5 columns"),
         (["--data", "short.csv", "--target", "y"], "9 rows are too few"),
         (["--labels", "10"], "--labels is of images: add --backbone"),
@@ -216,6 +217,7 @@ def test_wrong_flags(
     lines = Path("table.csv").read_text().splitlines()
     Path("short.csv").write_text("\n".join(lines[:10]))
     Path("ragged.csv").write_text("\n".join([*lines[:3], "1,2", *lines[4:]]))
+    Path("twice.csv").write_text("\n".join(["a,a,c,y,z", *lines[1:]]))
     gap = lines[3].split(",")
     Path("gaps.csv").write_text("\n".join([*lines[:3], ",".join([gap[0], "", *gap[2:]]), *lines[4:]]))
     module = recipe(DKM)
