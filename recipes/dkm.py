@@ -79,6 +79,8 @@ class DKMSettings(ImageSettings):
         for name in ("splits", "seeds", "depth", "inducing", "steps", "jobs"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.skr is not None and not self.skr >= 1:
+            raise UserError(f"--skr must be at least 1, got {self.skr}")
         try:
             good = all(float(nu) > 0 for nu in self.nu)
         except ValueError:

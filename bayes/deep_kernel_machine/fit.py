@@ -37,8 +37,12 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite; the machine has the parameters that gave it.
-        ValueError: see `DeepKernelMachine.init_inducing` and `.loss`.
+        ValueError: numbers that do not fit; see `DeepKernelMachine.init_inducing` and `.loss`.
     """
+    if len(x) != len(targets):
+        raise ValueError(f"{len(x)} rows of x and {len(targets)} targets")
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
     if not machine.initialised:
         machine.init_inducing(x, seed=seed)
     n, batch_size = len(x), min(batch_size, len(x))
@@ -59,7 +63,7 @@ def fit(
             loss = machine.loss(x[batch], targets[batch], n)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is {float(loss)} at update {step} of {steps}: lower lr or raise nu"
+                    f"the loss is {float(loss.detach())} at update {step} of {steps}: lower lr or raise nu"
                 )
             loss.backward()
             optimizer.step()

@@ -112,6 +112,8 @@ class DeepKernelMachine(nn.Module):
         """
         from sklearn.cluster import KMeans
 
+        if how not in ("kmeans", "random"):
+            raise ValueError(f'how must be "kmeans" or "random", not {how!r}')
         count = len(self.inducing)
         points = torch.unique(x.detach().cpu().double(), dim=0)
         if not torch.isfinite(points).all():
@@ -133,9 +135,12 @@ class DeepKernelMachine(nn.Module):
 
         Raises:
             RuntimeError: there are no inducing points yet.
+            ValueError: inputs of another shape.
         """
         if not self.initialised:
             raise RuntimeError("no inducing points yet: call init_inducing first, or load weights")
+        if x.ndim != 2 or x.shape[1] != self.inducing.shape[1]:
+            raise ValueError(f"inputs (B, {self.inducing.shape[1]}) are needed, not {tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False):
             kernel = self._kernel(self._layers(x)[-1], self.depth - 1)
             chol = _cholesky(kernel.ii)

@@ -36,10 +36,12 @@ class Prediction(NamedTuple):
         """Log density (B,) of real targets (B, C) under a Gaussian likelihood, in nats.
 
         Raises:
-            ValueError: the likelihood is categorical.
+            ValueError: the likelihood is categorical, or targets of another shape.
         """
         if self.noise is None:
             raise ValueError("log_prob is of real targets; take probs() for classes")
+        if targets.shape != self.mean.shape:
+            raise ValueError(f"targets {tuple(targets.shape)} for outputs {tuple(self.mean.shape)}")
         spread = self.variance + self.noise
         each = -0.5 * ((targets - self.mean).square() / spread + spread.log() + math.log(2 * math.pi))
         return each.sum(1)

@@ -57,6 +57,8 @@ def fit_prior(
     """
     if distance not in ("w1", "sliced", "energy"):
         raise ValueError(f'distance must be "w1", "sliced" or "energy", not {distance!r}')
+    if steps < 1 or functions < 2:
+        raise ValueError(f"steps must be at least 1 and functions at least 2, got {steps} and {functions}")
     optimizer = torch.optim.RMSprop(prior.parameters(), lr=lr)
     device = next(prior.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -70,6 +72,8 @@ def fit_prior(
             def both(x: Tensor = x) -> tuple[Tensor, Tensor]:
                 f = prior.functions(x, functions, generator, chunk_size)
                 f = f.unsqueeze(-1) if f.ndim == 2 else f
+                if f.shape[-1] != target.outputs:
+                    raise ValueError(f"the network has {f.shape[-1]} outputs and the target {target.outputs}")
                 return f.mT, target.sample(x, functions, generator).to(f).mT  # (functions, outputs, M)
 
             if distance == "w1":

@@ -142,6 +142,10 @@ class SGHMC:
             raise ValueError("chains, batch_size and thin must be at least 1, burn_in at least 0")
         if min(step_size, friction, temperature, likelihood_temperature) <= 0 or friction >= 1:
             raise ValueError("step_size and temperatures must be greater than 0, friction between 0 and 1")
+        if clip_grad is not None and not clip_grad > 0:
+            raise ValueError(f"clip_grad must be greater than 0, got {clip_grad}; None is for no clipping")
+        if len(x) != len(targets):
+            raise ValueError(f"{len(x)} rows of x and {len(targets)} targets")
         if not torch.isfinite(x).all():
             raise ValueError("there is a NaN or an infinity in the data: fill gaps first")
         check_batch_norm(prior.module)
@@ -265,7 +269,12 @@ class SGHMC:
 def gaussian_loglik(noise: float) -> LogLik:
     """Of real targets (B, K) with independent noise of this variance, in nats."""
 
+    if not noise > 0:
+        raise ValueError(f"noise must be greater than 0, got {noise}")
+
     def loglik(outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.shape != targets.shape:
+            raise ValueError(f"targets {tuple(targets.shape)} for outputs {tuple(outputs.shape)}")
         each = (targets - outputs).square() / noise + math.log(2 * math.pi * noise)
         return -0.5 * each.flatten(1).sum(1)
 

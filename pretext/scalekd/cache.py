@@ -45,6 +45,8 @@ def write_targets(
         NoTail: layers of the tail get arguments that depend on the images.
         OSError: the disk is too small for all of it.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"targets are floating-point numbers, not {dtype}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = next(objective.parameters()).device

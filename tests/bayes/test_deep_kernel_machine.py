@@ -18,6 +18,7 @@ from leaven.bayes.deep_kernel_machine import (
     KERNELS,
     DeepKernelMachine,
     arccos_kernel,
+    fit,
     gaussian_kl,
     gram_step,
     input_grams,
@@ -506,6 +507,18 @@ def test_wrong_targets() -> None:
     classes = machine(randn(5, 3), 2, likelihood="categorical")
     with pytest.raises(ValueError, match="class indices"):
         classes.loss(randn(4, 3), randn(4, 2), 4)
+    with pytest.raises(ValueError, match=r"targets \(4,\) for outputs \(4, 2\)"):
+        made(randn(4, 3)).log_prob(randn(4))
+    with pytest.raises(ValueError, match=r"inputs \(B, 3\) are needed, not \(5, 2, 3\)"):
+        made(randn(5, 2, 3))
+    with pytest.raises(ValueError, match="how must be"):
+        made.init_inducing(randn(9, 3), "kmean")  # type: ignore[arg-type]
+    for x, y, steps, message in (
+        (randn(4, 3), randn(5, 2), 1, "4 rows of x and 5 targets"),
+        (randn(4, 3), randn(4, 2), 0, "steps and batch_size must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(made, x, y, steps=steps)
     with pytest.raises(ValueError, match="log_prob is of real targets"):
         classes(randn(4, 3)).log_prob(randn(4, 2))
 

@@ -554,6 +554,22 @@ def test_what_cannot_be_is_one_line() -> None:
         ),
         (lambda: sampler(friction=0.0), "friction between 0 and 1"),
         (lambda: sampler(chains=0), "must be at least 1"),
+        (lambda: sampler(clip_grad=-1.0), "clip_grad must be greater than 0"),
+        (lambda: gaussian_loglik(0.0), "noise must be greater than 0"),
+        (lambda: gaussian_loglik(1.0)(torch.ones(4, 1), torch.ones(4)), "for outputs"),
+        (
+            lambda: SGHMC(FunctionalPrior(mlp()), gaussian_loglik(1.0), torch.ones(4, 3), torch.ones(3, 1)),
+            "4 rows of x and 3 targets",
+        ),
+        (
+            lambda: fit_prior(
+                FunctionalPrior(mlp()),
+                GPTarget(gpytorch.kernels.RBFKernel(), outputs=2),
+                table_measure(torch.rand(9, 3), 4),
+                "energy",
+            ),
+            "the network has 1 outputs and the target 2",
+        ),
         (
             lambda: SGHMC(
                 FunctionalPrior(mlp()), gaussian_loglik(1.0), torch.full((4, 3), math.nan), torch.ones(4, 1)

@@ -120,6 +120,8 @@ def test_another_teacher_or_other_images_are_refused(tmp_path: Path) -> None:
         CachedTargets(tmp_path, distil)(torch.tensor([7]), images[:1])
     with pytest.raises(FileNotFoundError, match="no cached targets in"):
         CachedTargets(tmp_path / "nowhere", distil)
+    with pytest.raises(ValueError, match="targets are floating-point numbers"):
+        write_targets(tmp_path, distil, batches(images), 7, dtype=torch.int8)
     with pytest.raises(ValueError, match="9 images were announced and 7 came"):
         write_targets(tmp_path, distil, batches(images), 9)
 

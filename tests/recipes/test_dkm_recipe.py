@@ -204,6 +204,7 @@ def test_images(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
         (["--backbone", "resnet18", "--target", "y", "--data", "digits"], "--target is of tables"),
         (["--time-limit", "5"], "--time-limit needs processes of their own"),
         (["--data", "folder", "--splits", "3"], "--splits 3: folder has 2"),
+        (["--skr", "0.5"], "--skr must be at least 1"),
         (["--depth", "0"], "--depth must be at least 1"),
     ],
 )
