@@ -14,25 +14,20 @@ their probabilities averaged. A finished trial is one line of RUNS/dkm_head.json
 results/dkm_head_runs.jsonl.
 """
 
-import argparse
 import gzip
-import json
 import math
-import os
 import shlex
 import statistics
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from ledger import RESULTS, Ledger, Run, data_sets, execute
-from timing import machine
+from study import study
 from torch import Tensor, nn
 
 from leaven.bayes import DeepKernelMachine, auroc, calibration
@@ -41,7 +36,6 @@ from leaven.pretext import kshot_indices, linear_probs
 from leaven.recipes.common.batches import Images, build_backbone, find_data
 from leaven.recipes.common.flags import ImageSettings
 from leaven.recipes.common.probes import labelled_features, recalibrate
-from leaven.trials import run_trials
 
 LEDGER = RESULTS / "dkm_head_runs.jsonl"
 NET, SIDE = "resnet10t", {"cifar": 64, "fashion": 32}
@@ -217,36 +211,18 @@ def summary(outcomes: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     return rows, "\n".join(lines)
 
 
+def prepare(data: Path, work: Path, jobs: int) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """Backbones and their features, and what is to be done with them."""
+    pairs = [(name, kind) for name in SIDE for kind in BACKBONES]
+    places = data_sets(data, work) | {"fashion": unpack_fashion(data, work)}
+    execute([[backbone(*pair)] for pair in pairs], places, work, jobs, Ledger(LEDGER))
+    caches = {f"{name} {kind}": str(features(name, kind, places, work)) for name, kind in pairs}
+    return partial(trial, caches), trials()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    work = args.work.resolve()
-    journal, pairs = work / "dkm_head.jsonl", [(data, kind) for data in SIDE for kind in BACKBONES]
-    if not args.table:
-        places = data_sets(args.data, work) | {"fashion": unpack_fashion(args.data, work)}
-        execute([[backbone(*pair)] for pair in pairs], places, work, args.jobs, Ledger(LEDGER))
-        caches = {f"{data} {kind}": str(features(data, kind, places, work)) for data, kind in pairs}
-        pool = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
-        how: dict[str, Any] = {"executor": pool, "workers": args.jobs, "time_limit": 3600}
-        run_trials(partial(trial, caches), trials(), journal=journal, **how)
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    outcomes = {line["name"]: line for line in lines if "name" in line}
-    rows, words = summary(outcomes)
     settings = {"inducing": INDUCING, "steps": STEPS, "lr": LR, "nu": [str(nu) for nu in NU]}
-    report = {
-        "machine": machine("cpu"),
-        "settings": settings,
-        "results": rows,
-        "trials": list(outcomes.values()),
-    }
-    (RESULTS / "dkm_head.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(words)
+    study(__file__, __doc__, prepare, summary, settings)
 
 
 if __name__ == "__main__":

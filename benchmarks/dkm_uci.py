@@ -10,28 +10,22 @@ gpytorch's, with as many inducing points and, SVGP, updates; DSPP has half of th
 trial is one line of RUNS/dkm_uci.jsonl and is not done again.
 """
 
-import argparse
-import json
 import math
-import os
 import statistics
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import gpytorch
 import torch
-from timing import machine
+from study import study
 from torch import Tensor
 
 from leaven.bayes import DeepKernelMachine
 from leaven.bayes.deep_kernel_machine import fit
 from leaven.recipes.common.tables import open_table
 from leaven.recipes.dkm import Scale
-from leaven.trials import run_trials
 
 SPLITS = {
     "boston": 10,
@@ -244,35 +238,13 @@ def summary(outcomes: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return rows, "\n".join(lines)
 
 
+def prepare(data: Path, work: Path, jobs: int) -> tuple[Any, dict[str, dict[str, Any]]]:
+    return partial(trial, str(data)), trials(data)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    journal = args.work / "dkm_uci.jsonl"
-    if not args.table:
-        pool = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
-        function = partial(trial, str(args.data.resolve()))
-        run_trials(
-            function, trials(args.data), executor=pool, workers=args.jobs, journal=journal, time_limit=3600
-        )
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    outcomes = {line["name"]: line for line in lines if "name" in line}
-    rows, words = summary(outcomes)
     settings = {"inducing": INDUCING, "steps": STEPS, "batch": BATCH, "lr": LR, "nu": [str(nu) for nu in NU]}
-    report = {
-        "machine": machine("cpu"),
-        "settings": settings,
-        "results": rows,
-        "trials": list(outcomes.values()),
-    }
-    path = Path(__file__).parent / "results" / "dkm_uci.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(words)
+    study(__file__, __doc__, prepare, summary, settings)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,17 @@ the first third of the draws is left out. Single Gaussian predictive density, in
 functions' values at 50 training rows. A finished trial is one line of RUNS/functional_prior_uci.jsonl.
 """
 
-import argparse
-import json
 import math
-import os
 import statistics
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import gpytorch
 import torch
-from timing import machine
+from study import study
 from torch import nn
 
 from leaven.bayes.functional_prior import (
@@ -38,7 +33,6 @@ from leaven.bayes.functional_prior import (
 )
 from leaven.recipes.common.tables import open_table
 from leaven.recipes.dkm import Scale
-from leaven.trials import run_trials
 
 SPLITS = {"boston": 10, "concrete": 10, "energy": 10, "yacht": 10, "wine-red": 10, "kin8nm": 3, "power": 3}
 PRIORS = ("N(0, 1)", "energy", "w1")
@@ -145,23 +139,11 @@ def summary(outcomes: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return rows, "\n".join(lines)
 
 
+def prepare(data: Path, work: Path, jobs: int) -> tuple[Any, dict[str, dict[str, Any]]]:
+    return partial(trial, str(data)), trials()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    journal = args.work / "functional_prior_uci.jsonl"
-    if not args.table:
-        pool = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
-        function = partial(trial, str(args.data.resolve()))
-        run_trials(function, trials(), executor=pool, workers=args.jobs, journal=journal, time_limit=1800)
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    outcomes = {line["name"]: line for line in lines if "name" in line}
-    rows, words = summary(outcomes)
     settings = {
         "noise": NOISE,
         "chains": CHAINS,
@@ -170,15 +152,7 @@ def main() -> None:
         "draws": DRAWS,
         "fit": FIT,
     }
-    report = {
-        "machine": machine("cpu"),
-        "settings": settings,
-        "results": rows,
-        "trials": list(outcomes.values()),
-    }
-    path = Path(__file__).parent / "results" / "functional_prior_uci.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(words)
+    study(__file__, __doc__, prepare, summary, settings)
 
 
 if __name__ == "__main__":

@@ -111,17 +111,16 @@ class DKMHead(nn.Module):
         Returns:
             The loss. Logs: `kl`, the divergences' share of it, and `top1` of classes or `rmse` of real targets.
         """
-        features = self.features(images)
-        prediction = self.machine(features)
-        kl = self.machine.kl() / self.n_data
-        loss = kl - self.machine.expected_log_prob(prediction, targets).mean()
+        prediction = self.predict(images)
+        loss = self.machine.loss_of(prediction, targets, self.n_data)
         mean = prediction.mean.detach()
-        logs = {"kl": kl.detach().float()}
+        with torch.no_grad():
+            logs = {"kl": self.machine.kl().float() / self.n_data}
         if self.machine.likelihood == "categorical":
             logs["top1"] = (mean.argmax(1) == targets).float().mean()
         else:
             logs["rmse"] = (mean - targets.view_as(mean)).square().mean().sqrt().float()
-        return Output(loss.float(), logs)
+        return Output(loss, logs)
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """For an optimizer: the backbone's parameters; the head's without weight decay, with Adam's beta2 of 0.9.

@@ -161,7 +161,12 @@ class DeepKernelMachine(nn.Module):
         Raises:
             ValueError: targets that do not fit.
         """
-        return (self.kl() / n_data - self.expected_log_prob(self(x), targets).mean()).to(self.inducing.dtype)
+        return self.loss_of(self(x), targets, n_data)
+
+    def loss_of(self, prediction: Prediction, targets: Tensor, n_data: int) -> Tensor:
+        """`loss` of functions that are there already."""
+        loss = self.kl() / n_data - self.expected_log_prob(prediction, targets).mean()
+        return loss.to(self.inducing.dtype)
 
     def expected_log_prob(self, prediction: Prediction, targets: Tensor) -> Tensor:
         """E log p(y | f) of each point (B,): exact for real targets, by draws for classes."""

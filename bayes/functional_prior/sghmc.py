@@ -204,8 +204,11 @@ class SGHMC:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the chains' future depends on, for `torch.save`; arguments and data aside."""
-        state = {key: value for key, value in vars(self.state).items()}
-        return state | {"generators": [generator.get_state() for generator in self.generators]}
+        kept = list(self.state.kept)  # these chains go on adding to theirs
+        return vars(self.state) | {
+            "kept": kept,
+            "generators": [generator.get_state() for generator in self.generators],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken, bit for bit, with the same arguments and data."""

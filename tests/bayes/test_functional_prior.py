@@ -414,6 +414,7 @@ def test_chains_together_are_chains_alone_and_resume_exactly() -> None:
         first, _, _ = sampler(chains=3, burn_in=50, thin=5)
         first.run(state[0])
         saved = first.state_dict()
+        first.run(9)  # what was saved stays what it was
         for more in [*state[1:], 10]:
             second, _, _ = sampler(chains=3, burn_in=50, thin=5)
             second.load_state_dict(saved)
