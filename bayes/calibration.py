@@ -156,9 +156,12 @@ def _checked(probs: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(
             f"probabilities (N, C) and labels (N,) are needed, not {tuple(probs.shape)} and {tuple(labels.shape)}"
         )
+    if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < probs.shape[1]:
+        raise ValueError(f"labels must be class indices from 0 to {probs.shape[1] - 1}")
+    tolerance = max(1e-3, torch.finfo(probs.dtype).eps) if probs.is_floating_point() else 1e-3
     probs = probs.detach().double()
     if not torch.allclose(
-        probs.sum(1), torch.ones(len(probs), dtype=probs.dtype, device=probs.device), atol=1e-3
+        probs.sum(1), torch.ones(len(probs), dtype=probs.dtype, device=probs.device), atol=tolerance
     ):
         raise ValueError("rows must be probabilities that sum to 1; take softmax of logits")
     return probs

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from leaven.bayes import DeepKernelMachine
 from leaven.bayes.deep_kernel_machine import fit
-from leaven.recipes.common.tables import open_table
-from leaven.recipes.dkm import Scale
+from leaven.recipes.common.tables import Scale, open_table
 
 SPLITS = {
     "boston": 10,

@@ -31,8 +31,7 @@ from leaven.bayes.functional_prior import (
     gaussian_loglik,
     table_measure,
 )
-from leaven.recipes.common.tables import open_table
-from leaven.recipes.dkm import Scale
+from leaven.recipes.common.tables import Scale, open_table
 
 SPLITS = {"boston": 10, "concrete": 10, "energy": 10, "yacht": 10, "wine-red": 10, "kin8nm": 3, "power": 3}
 PRIORS = ("N(0, 1)", "energy", "w1")

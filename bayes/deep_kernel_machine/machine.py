@@ -135,8 +135,10 @@ class DeepKernelMachine(nn.Module):
 
         Raises:
             RuntimeError: there are no inducing points yet.
-            ValueError: inputs of another shape.
+            ValueError: inputs of another shape, or the machine in half precision.
         """
+        if self.inducing.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"a deep kernel machine in {self.inducing.dtype} is no use: call .float()")
         if not self.initialised:
             raise RuntimeError("no inducing points yet: call init_inducing first, or load weights")
         if x.ndim != 2 or x.shape[1] != self.inducing.shape[1]:

@@ -4,6 +4,7 @@ from leaven.bayes.functional_prior.diagnostics import effective_sample_size, rha
 from leaven.bayes.functional_prior.distances import Critic, energy_distance, sliced_distance, train_critic
 from leaven.bayes.functional_prior.families import FAMILIES, Family, Flow, Gaussian, Hierarchical
 from leaven.bayes.functional_prior.fit import fit_prior, image_measure, table_measure
+from leaven.bayes.functional_prior.map import map_estimate
 from leaven.bayes.functional_prior.prior import FunctionalPrior
 from leaven.bayes.functional_prior.sghmc import SGHMC, PosteriorSamples, gaussian_loglik, softmax_loglik
 from leaven.bayes.functional_prior.target import GPTarget
@@ -24,6 +25,7 @@ __all__ = [
     "fit_prior",
     "gaussian_loglik",
     "image_measure",
+    "map_estimate",
     "rhat",
     "sliced_distance",
     "softmax_loglik",

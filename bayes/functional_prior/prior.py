@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from leaven.bayes.functional_prior.families import FAMILIES, Family
+from leaven.bayes.functional_prior.families import FAMILIES, Family, Gaussian
 
 Params = dict[str, Tensor]
 Scope = Literal["head", "last_block", "all"]
@@ -68,6 +68,21 @@ class FunctionalPrior(nn.Module):
         assert isinstance(found, Family)
         return found
 
+    @torch.no_grad()
+    def standardise(self) -> None:
+        """Make every group N(0, 1): the usual prior, to compare with.
+
+        Raises:
+            TypeError: the family is not Gaussian.
+        """
+        for group in self.groups:
+            family = self.family(group)
+            if not isinstance(family, Gaussian):
+                raise TypeError(
+                    f"group {group!r} is {type(family).__name__}, and only Gaussian ones can be N(0, 1)"
+                )
+            family.raw.fill_(math.log(math.expm1(1.0)))
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
         """Parameters (n, ...) of n functions, by name, with gradient to the prior's own parameters."""
         found: Params = {}
@@ -82,7 +97,16 @@ class FunctionalPrior(nn.Module):
         """Log density of parameters by name, as `sample` gives them without the first dimension; normalised.
 
         A pure function: add its negative, over the number of data, to a loss for a MAP estimate.
+
+        Raises:
+            ValueError: parameters of several functions at once, or of other shapes; use `torch.func.vmap`.
         """
+        for members in self.groups.values():
+            for name, shape in members.items():
+                if params[name].shape != shape:
+                    raise ValueError(
+                        f"{name} is {tuple(params[name].shape)}, and of one function {tuple(shape)}"
+                    )
         total: Tensor | int = 0
         for group, members in self.groups.items():
             roots = [(name, _root_fan_in(shape)) for name, shape in members.items()]
@@ -107,9 +131,9 @@ class FunctionalPrior(nn.Module):
             chunk_size: functions at a time; smaller ones need less memory, and on CPUs are often faster.
 
         Raises:
-            ValueError: the network has BatchNorm in training mode, which would mix the functions' statistics.
+            ValueError: the network has BatchNorm or Dropout in training mode; see `check_mode`.
         """
-        check_batch_norm(self.module)
+        check_mode(self.module)
 
         def one(params: Params) -> Tensor:
             out: Tensor = functional_call(self.module, params, (x,))
@@ -119,8 +143,8 @@ class FunctionalPrior(nn.Module):
         return found
 
 
-def check_batch_norm(module: nn.Module) -> None:
-    """Refuse BatchNorm in training mode.
+def check_mode(module: nn.Module) -> None:
+    """Refuse BatchNorm in training mode, which would mix functions' statistics, and Dropout, which is no function.
 
     Raises:
         ValueError: there is some.
@@ -130,6 +154,11 @@ def check_batch_norm(module: nn.Module) -> None:
             raise ValueError(
                 f"{name or 'the module'} is BatchNorm in training mode, which functions cannot share: call .eval(), or "
                 "replace it by GroupNorm"
+            )
+        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.training and layer.p > 0:
+            raise ValueError(
+                f"{name or 'the module'} is {type(layer).__name__} in training mode: functions have one value; "
+                "call .eval()"
             )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from leaven.bayes.functional_prior.diagnostics import effective_sample_size, rhat
-from leaven.bayes.functional_prior.prior import FunctionalPrior, Params, check_batch_norm
+from leaven.bayes.functional_prior.prior import FunctionalPrior, Params, check_mode
 
 LogLik = Callable[[Tensor, Tensor], Tensor]
 _LEAST_NOISE = 1e-16
@@ -40,6 +40,11 @@ class PosteriorSamples:
     def ess(self) -> Tensor:
         """Effective number of draws of every number in `functions`."""
         return effective_sample_size(self.functions)
+
+    def after(self, first: int) -> "PosteriorSamples":
+        """Without the first draws of every chain."""
+        params = {name: value[:, first:] for name, value in self.params.items()}
+        return PosteriorSamples(params, self.functions[:, first:], self.clamped_fraction)
 
     def flat(self) -> Params:
         """Parameters of all chains (chains * draws, ...)."""
@@ -116,7 +121,7 @@ class SGHMC:
         judge: inputs at which `PosteriorSamples.functions` are taken; by default the first 50 of `x`.
 
     Raises:
-        ValueError: numbers out of range, or a network with BatchNorm in training mode.
+        ValueError: numbers out of range, or a network with BatchNorm or Dropout in training mode.
     """
 
     def __init__(
@@ -148,7 +153,7 @@ class SGHMC:
             raise ValueError(f"{len(x)} rows of x and {len(targets)} targets")
         if not torch.isfinite(x).all():
             raise ValueError("there is a NaN or an infinity in the data: fill gaps first")
-        check_batch_norm(prior.module)
+        check_mode(prior.module)
         self.prior, self.loglik, self.x, self.targets = prior, loglik, x, targets
         self.chains, self.batch_size, self.thin, self.burn_in = chains, batch_size, thin, burn_in
         self.h, self.a = step_size, friction
@@ -177,7 +182,10 @@ class SGHMC:
 
         Raises:
             FloatingPointError: a parameter is not finite.
+            ValueError: no draws, or a log likelihood that is not (B,).
         """
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, got {draws}")
         state = self.state
         while len(state.kept) < draws:
             self._step()
@@ -211,8 +219,15 @@ class SGHMC:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, bit for bit, with the same arguments and data."""
+        """Go on where `state_dict` was taken, bit for bit, with the same arguments and data.
+
+        Raises:
+            ValueError: other chains, or of another network.
+        """
         state = dict(state)
+        if state["w"].shape != self.state.w.shape:
+            theirs, ours = (" x ".join(map(str, w.shape)) for w in (state["w"], self.state.w))
+            raise ValueError(f"the state is of {theirs} chains and parameters, and these are {ours}")
         for generator, saved in zip(self.generators, state.pop("generators"), strict=True):
             generator.set_state(saved)
         copied: dict[str, Any] = {
@@ -265,7 +280,10 @@ class SGHMC:
     def _energy(self, w: Tensor, x: Tensor, y: Tensor) -> Tensor:
         params = self._named(w)
         out = functional_call(self.prior.module, params, (x,))
-        likelihood = self.loglik(out, y).mean() / self.likelihood_temperature
+        each = self.loglik(out, y)
+        if each.shape != y.shape[:1]:
+            raise ValueError(f"loglik gives {tuple(each.shape)} for {len(y)} rows: one number each is needed")
+        likelihood = each.mean() / self.likelihood_temperature
         return -(likelihood + self.prior.log_prob(params) / len(self.x))
 
 

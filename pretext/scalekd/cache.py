@@ -41,7 +41,7 @@ def write_targets(
         Bytes of all files.
 
     Raises:
-        FileExistsError: the folder has targets of another teacher, or of other images.
+        FileExistsError: the folder has targets of another teacher, of other images, or of another dtype.
         NoTail: layers of the tail get arguments that depend on the images.
         OSError: the disk is too small for all of it.
     """
@@ -55,7 +55,7 @@ def write_targets(
     for number, images in enumerate(batches):
         path = folder / f"{number:05}.safetensors"
         marks = _marks(images)
-        notes = {"teacher": teacher, "size": "x".join(map(str, images.shape[1:]))}
+        notes = {"teacher": teacher, "size": "x".join(map(str, images.shape[1:])), "dtype": str(dtype)}
         if path.is_file():
             _same(path, notes, marks)
         else:
@@ -87,16 +87,14 @@ class CachedTargets:
 
     Raises:
         FileNotFoundError: no targets there.
-        ValueError: they are another teacher's.
+        ValueError: they are another teacher's, or a file is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], objective: ScaleKD) -> None:
-        from safetensors import safe_open
-
         paths = sorted(Path(folder).glob("[0-9]*.safetensors"))
         if not paths:
             raise FileNotFoundError(f"no cached targets in {folder}: write_targets makes them")
-        self._files: list[Any] = [safe_open(path, "pt") for path in paths]
+        self._paths, self._files = paths, [_opened(path) for path in paths]
         self._tail = objective.tail
         if self._files[0].metadata()["teacher"] != _fingerprint(objective.tail.teacher):
             raise ValueError(f"the targets in {folder} are another teacher's: write them again")
@@ -106,6 +104,13 @@ class CachedTargets:
         first = next(iter(objective.parameters()))
         blank = torch.zeros(1, *size, device=first.device, dtype=first.dtype)
         self._blank = self._tail.targets(objective.for_teacher(blank))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_files": None}  # open files stay in their process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._files = [_opened(path) for path in self._paths]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -168,16 +173,23 @@ def _close(known: Tensor, marks: Tensor) -> bool:
     return known.shape == marks.shape and torch.allclose(known, marks, atol=_TOLERANCE, rtol=_TOLERANCE)
 
 
-def _same(path: Path, notes: dict[str, str], marks: Tensor) -> None:
-    from safetensors import safe_open
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and write the targets again") from error
+
+
+def _same(path: Path, notes: dict[str, str], marks: Tensor) -> None:
+    with _opened(path) as file:
         theirs = file.metadata()
         if any(theirs.get(key) != value for key, value in notes.items()) or not _close(
             file.get_tensor("marks"), marks.cpu()
         ):
             raise FileExistsError(
-                f"{path} has targets of another teacher or of other images: take an empty folder"
+                f"{path} has targets of another teacher, of other images or of another dtype: take an empty folder"
             )
 
 

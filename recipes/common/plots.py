@@ -95,6 +95,69 @@ def bars(rows: Mapping[str, Mapping[str, float]], path: Path, title: str, label:
     _save(figure, path)
 
 
+def curves(x: Tensor, panels: Mapping[str, Tensor], path: Path, label: str) -> None:
+    """Lines side by side, over the same axis.
+
+    Args:
+        x: (N,).
+        panels: heading -> lines (n, N).
+        path: a .png file; missing folders are made.
+        label: of the axis.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(panels) + 1, 3.5), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
+    for axes, (heading, lines) in zip(grid[0], panels.items(), strict=True):
+        axes.plot(x.tolist(), lines.mT.tolist(), linewidth=0.8)
+        axes.set_title(heading, fontsize=9)
+        axes.grid(alpha=0.3)
+    figure.supxlabel(label, fontsize=8)
+    _save(figure, path)
+
+
+def histograms(panels: Mapping[str, Tensor], path: Path, label: str) -> None:
+    """Numbers between 0 and 1, how often they are what, side by side.
+
+    Args:
+        panels: heading -> numbers (N,).
+        path: a .png file; missing folders are made.
+        label: of the numbers.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
+    for axes, (heading, numbers) in zip(grid[0], panels.items(), strict=True):
+        axes.hist(numbers.tolist(), bins=25, range=(0, 1), density=True)
+        axes.set_title(heading, fontsize=9)
+    figure.supxlabel(label, fontsize=8)
+    _save(figure, path)
+
+
+def band(x: Tensor, mean: Tensor, std: Tensor, data: tuple[Tensor, Tensor], path: Path, label: str) -> None:
+    """A predicted mean with two standard deviations around it, and what it was learnt from.
+
+    Args:
+        x, mean, std: (N,).
+        data: inputs and targets (M,).
+        path: a .png file; missing folders are made.
+        label: of the inputs.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    low, high = (mean - 2 * std).tolist(), (mean + 2 * std).tolist()
+    axes.fill_between(x.tolist(), low, high, alpha=0.25, label="two standard deviations")
+    axes.plot(x.tolist(), mean.tolist(), label="mean")
+    axes.scatter(data[0].tolist(), data[1].tolist(), s=6, color="black", label="training rows")
+    axes.set(xlabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

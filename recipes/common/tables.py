@@ -3,10 +3,13 @@
 import csv
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from leaven.recipes.common.convert import did_you_mean
 from leaven.recipes.common.flags import UserError
@@ -36,6 +39,11 @@ class Table:
     targets: tuple[str, ...]
     split: Callable[[int], tuple[Indices, Indices]]
     splits: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Of all numbers, by which a table is known again."""
+        return blake2b(self.x.tobytes() + self.y.tobytes(), digest_size=8).hexdigest()
 
     def __str__(self) -> str:
         inputs = f"{len(self.x)} rows, {self.x.shape[1]} inputs, target {', '.join(self.targets)}"
@@ -76,7 +84,7 @@ def open_table(data: str, target: str | None, seed: int = 0) -> Table:
     names, values = reader(path)
     if target is None:
         raise UserError(f"--data {data}: add --target COLUMN; there are: {', '.join(names)}")
-    wanted = [name.strip() for name in target.split(",")]
+    wanted = [target] if target in names else [name.strip() for name in target.split(",")]
     for name in wanted:
         if name not in names:
             raise UserError(f"--target {name}: no such column in {data}{did_you_mean(name, names)}")
@@ -134,6 +142,8 @@ def _csv(path: Path) -> tuple[list[str], dict[str, list[object]]]:
     if len(rows) < 2:
         raise UserError(f"--data {path}: a line with the columns' names and lines of numbers are needed")
     columns = [name.strip() for name in rows[0]]
+    if len(columns) == 1 and ";" in columns[0]:
+        raise UserError(f"--data {path}: its columns are separated by semicolons: save it with commas")
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
         raise UserError(f"--data {path}: column {twice[0]!r} is there twice")
     for number, row in enumerate(rows[1:], 2):
@@ -162,9 +172,27 @@ def _numbers(name: str, values: list[object], data: str) -> Numbers:
             found[row] = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             found[row] = np.nan
+        if (
+            isinstance(value, str) and "_" in value
+        ):  # Python's own way to write numbers, and nobody's in a table
+            found[row] = np.nan
         if not np.isfinite(found[row]):
             raise UserError(
                 f"--data {data}: column {name!r} has {value!r} in row {row + 1}, which is no number: fill gaps, "
                 "write classes as numbers, or leave the column out"
             )
     return found
+
+
+class Scale:
+    """Columns to mean 0 and standard deviation 1, by those of some rows; a constant column stays at 0."""
+
+    def __init__(self, rows: Numbers) -> None:
+        values = torch.as_tensor(rows, dtype=torch.float64)
+        self.mean, std = values.mean(0), values.std(0, correction=0)
+        if not torch.isfinite(std).all():
+            raise ValueError("a column's numbers are too large to be standardised: give it another unit")
+        self.std = torch.where(std > 0, std, 1.0)
+
+    def __call__(self, rows: Numbers) -> Tensor:
+        return ((torch.as_tensor(rows, dtype=torch.float64) - self.mean) / self.std).float()

@@ -57,6 +57,12 @@ def test_what_is_calibrated_scores_near_zero_and_what_is_sure_of_itself_does_not
     assert (perfect.accuracy, perfect.nll, perfect.brier, perfect.ece) == (1, 0, 0, 0)
 
 
+def test_half_precision() -> None:
+    probs, labels = forecasts()
+    rough, fine = calibration(probs.bfloat16(), labels), calibration(probs, labels)
+    assert rough.nll == pytest.approx(fine.nll, rel=0.01)
+
+
 def test_the_plot(tmp_path: Path) -> None:
     reliability_plot(calibration(*forecasts()), tmp_path / "reliability.png", "a head")
     assert (tmp_path / "reliability.png").read_bytes()[1:4] == b"PNG"
@@ -68,6 +74,9 @@ def test_wrong_input() -> None:
         (probs, labels[:5], "are needed, not"),
         (probs[:0], labels[:0], "are needed, not"),
         (probs.log(), labels, "rows must be probabilities"),
+        (probs, labels + 4, "class indices from 0 to 3"),
+        (probs, labels - 1, "class indices from 0 to 3"),
+        (probs, labels.double(), "class indices from 0 to 3"),
     ):
         with pytest.raises(ValueError, match=message):
             calibration(a, b)

@@ -531,3 +531,9 @@ def test_a_singular_kernel_is_met_with_a_warning() -> None:
         assert torch.isfinite(made(randn(4, 3)).mean).all()
     assert any("added jitter" in str(each.message) for each in said)
     assert made.condition_number(0) > 1e12
+
+
+def test_half_precision_is_refused() -> None:
+    machine = fit(DeepKernelMachine(2, 1, 2, 5), torch.randn(20, 2), torch.randn(20, 1), steps=1)
+    with pytest.raises(ValueError, match=r"call \.float\(\)"):
+        machine.half()(torch.randn(3, 2).half())

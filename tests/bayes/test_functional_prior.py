@@ -26,6 +26,7 @@ from leaven.bayes.functional_prior import (
     fit_prior,
     gaussian_loglik,
     image_measure,
+    map_estimate,
     rhat,
     sliced_distance,
     softmax_loglik,
@@ -487,6 +488,26 @@ def test_temperatures() -> None:
     torch.testing.assert_close(first, second)
 
 
+def test_map_is_the_ridge_solution_and_members_are_alone() -> None:
+    prior, x, y, mean, _ = conjugate()
+    how: dict[str, Any] = {"steps": 3000, "batch_size": 400, "lr": 0.05}
+    found = map_estimate(prior, gaussian_loglik(0.25), x, y, members=3, **how)["weight"]
+    torch.testing.assert_close(found, mean.expand_as(found), atol=0.02, rtol=0)
+    assert not torch.equal(found[0], found[1])
+    alone = map_estimate(prior, gaussian_loglik(0.25), x, y, **how)["weight"]
+    torch.testing.assert_close(alone[0], found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_standard_normal() -> None:
+    prior = FunctionalPrior(mlp())
+    prior.standardise()
+    drawn = prior.sample(2000, generator())
+    assert float(drawn["0.weight"].detach().std()) == pytest.approx(1 / math.sqrt(3), rel=0.02)
+    assert float(drawn["2.bias"].detach().std()) == pytest.approx(1, rel=0.05)
+    with pytest.raises(TypeError, match="only Gaussian ones"):
+        FunctionalPrior(mlp(), family="flow").standardise()
+
+
 def test_samples_come_back(tmp_path: Path) -> None:
     chains, _, _ = sampler(burn_in=20, thin=1)
     found = chains.run(6)
@@ -538,7 +559,30 @@ def test_what_cannot_be_is_one_line() -> None:
         prior.functions(torch.randn(2, 3, 5, 5), 2)
     with pytest.raises(ValueError, match="BatchNorm in training mode"):
         SGHMC(prior, softmax_loglik, torch.randn(4, 3, 5, 5), torch.zeros(4, dtype=torch.int64))
+    net = nn.Sequential(nn.Linear(3, 9), nn.Dropout(0.5), nn.Linear(9, 1))
+    with pytest.raises(ValueError, match="1 is Dropout in training mode"):
+        FunctionalPrior(net).functions(torch.randn(2, 3), 2)
+    assert FunctionalPrior(net.eval()).functions(torch.randn(2, 3), 2).shape == (2, 2, 1)
+    chains, _, _ = sampler(chains=2, burn_in=5, thin=1)
+    state = chains.state_dict()
     bad: list[tuple[Any, str]] = [
+        (lambda: chains.run(0), "draws must be at least 1"),
+        (lambda: sampler(chains=3)[0].load_state_dict(state), "the state is of 2 x 3 chains and parameters"),
+        (lambda: chains.prior.log_prob({"weight": torch.ones(4, 1, 3)}), "weight is"),
+        (
+            lambda: SGHMC(
+                FunctionalPrior(mlp()), lambda out, y: (out - y).square(), torch.ones(4, 3), torch.ones(4, 1)
+            ).run(4),
+            "one number each is needed",
+        ),
+        (
+            lambda: map_estimate(chains.prior, softmax_loglik, torch.ones(4, 3), torch.ones(4), lr=0),
+            "lr greater",
+        ),
+        (
+            lambda: map_estimate(chains.prior, softmax_loglik, torch.ones(4, 3), torch.ones(3)),
+            "4 rows of x and 3 targets",
+        ),
         (lambda: FunctionalPrior(nn.ReLU()), "ReLU has no linear or convolutional parameters"),
         (lambda: FunctionalPrior(nn.Sequential(nn.Conv2d(3, 4, 3)), scope="head"), "in scope 'head'"),
         (lambda: FunctionalPrior(mlp(), {"a": "5.*"}), "'5.*' matches no parameter"),

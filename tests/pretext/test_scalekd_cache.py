@@ -1,5 +1,6 @@
 """Cached targets: the same loss and gradients as with the teacher's pass, and no other images' or teacher's targets."""
 
+import pickle
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
@@ -81,10 +82,28 @@ def test_half_precision_is_half_the_size(tmp_path: Path) -> None:
     whole = write_targets(tmp_path / "whole", distil, batches(images), 7)
     half = write_targets(tmp_path / "half", distil, batches(images), 7, dtype=torch.float16)
     assert half < 0.6 * whole
+    with pytest.raises(FileExistsError, match="of another dtype"):
+        write_targets(tmp_path / "whole", distil, batches(images), 7, dtype=torch.float16)
     cached = CachedTargets(tmp_path / "half", distil)(torch.arange(7), images)
     torch.testing.assert_close(
         distil(images, labels, cached).loss, distil(images, labels).loss, rtol=1e-3, atol=1e-3
     )
+
+
+def test_another_process_and_a_damaged_file(tmp_path: Path) -> None:
+    distil, images = objective(), pictures()
+    write_targets(tmp_path, distil, batches(images), 7)
+    cached = CachedTargets(tmp_path, distil)
+    again = pickle.loads(pickle.dumps(cached))
+    here, there = (each(torch.arange(7), images) for each in (cached, again))
+    assert torch.equal(here.map, there.map)
+    assert torch.equal(here.entry, there.entry)
+    last = sorted(tmp_path.iterdir())[-1]
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        CachedTargets(tmp_path, distil)
+    with pytest.raises(ValueError, match="is damaged"):
+        write_targets(tmp_path, distil, batches(images), 7)
 
 
 @pytest.mark.parametrize("view", ["flipped", "upside down", "brighter", "shifted", "next"])

@@ -16,9 +16,18 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parent / "tiny_run.py"
-SPARK, TRAIN, EVALUATE, ROTNET, SEARCH, SCALEKD, DKM = (
+SPARK, TRAIN, EVALUATE, ROTNET, SEARCH, SCALEKD, DKM, PRIOR = (
     ROOT / "recipes" / f"{name}.py"
-    for name in ("spark", "train", "evaluate", "rotnet", "schedule_search", "scalekd", "dkm")
+    for name in (
+        "spark",
+        "train",
+        "evaluate",
+        "rotnet",
+        "schedule_search",
+        "scalekd",
+        "dkm",
+        "functional_prior",
+    )
 )
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]

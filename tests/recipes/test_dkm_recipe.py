@@ -85,6 +85,28 @@ def test_columns_and_rows_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not np.array_equal(opened.split(1)[1], test)
 
 
+def test_a_name_may_hold_a_comma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open("table.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["a", "b", "c", "y, in metres", "z"], *numbers().tolist()])
+    assert open_table("table.csv", "y, in metres").targets == ("y, in metres",)
+
+
+def test_what_cannot_be_learnt(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    """A nu that fails loses the choice; numbers that fail are no result."""
+    write_csv()
+    module = recipe(DKM)
+    flags = ["--steps", "40", "--inducing", "10", "--data", "table.csv", "--target", "y"]
+    module.main([*flags, "--nu", "1,1e300", "--output-dir", "out"])
+    (trial,) = results()["trials"].values()
+    assert trial["result"]["nu"] == "1"
+    with open("table.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["a", "b", "c", "y"], *(numbers()[:, :4] * [1, 1, 1, 1e300]).tolist()])
+    with pytest.raises(UserError, match="no trial of 1 came to an end"):
+        module.main([*flags, "--nu", "1", "--output-dir", "huge"])
+    assert "too large to be standardised" in capsys.readouterr().out
+
+
 def test_the_folder_says_which_rows(recipe: Recipe) -> None:
     write_folder()
     opened = open_table("folder", None)
@@ -200,6 +222,8 @@ def test_images(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
         (["--data", "twice.csv", "--target", "y"], "column 'a' is there twice"),
         (["--data", "ragged.csv", "--target", "y"], "line 4 has 2 values for 5 columns"),
         (["--data", "short.csv", "--target", "y"], "9 rows are too few"),
+        (["--data", "semicolons.csv", "--target", "y"], "separated by semicolons"),
+        (["--data", "underscores.csv", "--target", "y"], "has '1_000' in row 2, which is no number"),
         (["--labels", "10"], "--labels is of images: add --backbone"),
         (["--backbone", "resnet18", "--target", "y", "--data", "digits"], "--target is of tables"),
         (["--time-limit", "5"], "--time-limit needs processes of their own"),
@@ -219,6 +243,8 @@ def test_wrong_flags(
     Path("short.csv").write_text("\n".join(lines[:10]))
     Path("ragged.csv").write_text("\n".join([*lines[:3], "1,2", *lines[4:]]))
     Path("twice.csv").write_text("\n".join(["a,a,c,y,z", *lines[1:]]))
+    Path("semicolons.csv").write_text("\n".join(lines).replace(",", ";"))
+    Path("underscores.csv").write_text("\n".join([*lines[:2], "1_000,2,3,4,5", *lines[3:]]))
     gap = lines[3].split(",")
     Path("gaps.csv").write_text("\n".join([*lines[:3], ",".join([gap[0], "", *gap[2:]]), *lines[4:]]))
     module = recipe(DKM)
