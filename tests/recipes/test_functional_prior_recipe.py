@@ -35,6 +35,7 @@ def write_line(noise: float = 0.1, name: str = "line.csv") -> None:
         csv.writer(file).writerows([["x", "y"], *rows.tolist()])
 
 
+@pytest.mark.slow
 def test_a_line_is_learnt_and_drawn(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     write_line()
     flags = [
@@ -70,6 +71,7 @@ def test_a_line_is_learnt_and_drawn(recipe: Recipe, capsys: pytest.CaptureFixtur
     assert values.shape == (20, 7, 1)
 
 
+@pytest.mark.slow
 def test_the_same_again_and_another_prior(recipe: Recipe) -> None:
     write_line()
     flags = [*QUICK, "--data", "line.csv", "--target", "y", "--splits", "2"]
@@ -105,7 +107,7 @@ def test_other_data_is_not_gone_on_with(recipe: Recipe) -> None:
     "how",
     [
         [],
-        ["--hidden", "20", "--baselines"],
+        pytest.param(["--hidden", "20", "--baselines"], marks=pytest.mark.slow),
         pytest.param(
             ["--scope", "last_block", "--chunk-size", "4", "--gp-on", "pixels"], marks=pytest.mark.slow
         ),
