@@ -25,7 +25,6 @@ from torch import nn
 from leaven.bayes.functional_prior import (
     SGHMC,
     FunctionalPrior,
-    Gaussian,
     GPTarget,
     fit_prior,
     gaussian_loglik,
@@ -64,20 +63,15 @@ def trial(folder: str, data: str, split: int, prior: str) -> dict[str, Any]:
     functional = FunctionalPrior(net)
     start = time.process_time()
     if prior == "N(0, 1)":
-        with torch.no_grad():
-            for group in functional.groups:
-                family = functional.family(group)
-                assert isinstance(family, Gaussian)
-                family.raw.fill_(math.log(math.expm1(1.0)))
+        functional.standardise()
     else:
         distance: Any = prior
         fit_prior(functional, target(x.shape[1]), table_measure(x), distance, seed=split, **FIT[prior])
     matched = time.process_time()
     how: dict[str, Any] = {"chains": CHAINS, "burn_in": BURN_IN, "thin": THIN, "seed": split}
-    posterior = SGHMC(functional, gaussian_loglik(NOISE), x, y, **how).run(DRAWS)
+    posterior = SGHMC(functional, gaussian_loglik(NOISE), x, y, **how).run(DRAWS).after(DRAWS // 3)
     with torch.no_grad():
         functions = posterior.predict(functional, inputs(table.x[test]), chunk_size=16)[..., 0].double()
-    functions = functions.unflatten(0, (CHAINS, DRAWS))[:, DRAWS // 3 :].flatten(0, 1)
     scale, truth = float(targets.std), targets(table.y[test])[:, 0].double()
     mean, variance = functions.mean(0), functions.var(0) + NOISE
     nll = 0.5 * ((truth - mean).square() / variance + (2 * math.pi * variance).log()).mean()
