@@ -1,19 +1,18 @@
 """A teacher's targets, computed once for images that stay as they are, kept on disk and read by index."""
 
 import os
-import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leaven.pretext.scalekd.scalekd import ScaleKD
 from leaven.pretext.scalekd.tail import Call, NoTail, Targets, TeacherTail
+from leaven.pretext.shards import check_space, fingerprint, open_shard, save_shard
 
 _TOLERANCE = 1e-3  # of the marks of normalised images, for those of bfloat16
 
@@ -50,7 +49,7 @@ def write_targets(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     device = next(objective.parameters()).device
-    teacher, written, done = _fingerprint(objective.tail.teacher), 0, 0
+    teacher, written, done = fingerprint(objective.tail.teacher), 0, 0
     blank: Targets | None = None
     for number, images in enumerate(batches):
         path = folder / f"{number:05}.safetensors"
@@ -66,8 +65,8 @@ def write_targets(
             _check_calls(objective.tail, blank.calls, found.calls)
             rows = _rows(objective.tail, found, dtype) | {"marks": marks}
             if number == 0:
-                _check_space(folder, rows, len(images), total)
-            _save(path, rows, notes)
+                check_space(folder, rows, len(images), total)
+            save_shard(path, rows, notes)
         written += path.stat().st_size
         done += len(images)
     if done != total:
@@ -94,9 +93,9 @@ class CachedTargets:
         paths = sorted(Path(folder).glob("[0-9]*.safetensors"))
         if not paths:
             raise FileNotFoundError(f"no cached targets in {folder}: write_targets makes them")
-        self._paths, self._files = paths, [_opened(path) for path in paths]
+        self._paths, self._files = paths, [open_shard(path) for path in paths]
         self._tail = objective.tail
-        if self._files[0].metadata()["teacher"] != _fingerprint(objective.tail.teacher):
+        if self._files[0].metadata()["teacher"] != fingerprint(objective.tail.teacher):
             raise ValueError(f"the targets in {folder} are another teacher's: write them again")
         ends = accumulate(file.get_slice("marks").get_shape()[0] for file in self._files)
         self._starts: list[int] = [0, *ends]
@@ -110,7 +109,7 @@ class CachedTargets:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._files = [_opened(path) for path in self._paths]
+        self._files = [open_shard(path) for path in self._paths]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -173,17 +172,8 @@ def _close(known: Tensor, marks: Tensor) -> bool:
     return known.shape == marks.shape and torch.allclose(known, marks, atol=_TOLERANCE, rtol=_TOLERANCE)
 
 
-def _opened(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and write the targets again") from error
-
-
 def _same(path: Path, notes: dict[str, str], marks: Tensor) -> None:
-    with _opened(path) as file:
+    with open_shard(path) as file:
         theirs = file.metadata()
         if any(theirs.get(key) != value for key, value in notes.items()) or not _close(
             file.get_tensor("marks"), marks.cpu()
@@ -191,26 +181,6 @@ def _same(path: Path, notes: dict[str, str], marks: Tensor) -> None:
             raise FileExistsError(
                 f"{path} has targets of another teacher, of other images or of another dtype: take an empty folder"
             )
-
-
-def _save(path: Path, rows: dict[str, Tensor], notes: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({key: value.cpu() for key, value in rows.items()}, temporary, metadata=notes)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _check_space(folder: Path, rows: dict[str, Tensor], n: int, total: int) -> None:
-    needed = sum(value.nbytes for value in rows.values()) * total / n
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"targets of {total} images need {needed / 2**30:.1f} GiB; {folder} has {free / 2**30:.1f}"
-        )
 
 
 def _check_calls(tail: TeacherTail, blank: list[Call], calls: list[Call]) -> None:
@@ -227,12 +197,3 @@ def _check_calls(tail: TeacherTail, blank: list[Call], calls: list[Call]) -> Non
 def _arguments(call: Call) -> Iterator[tuple[int | str, Any]]:
     yield from enumerate(call[0])
     yield from call[1].items()
-
-
-def _fingerprint(teacher: nn.Module) -> str:
-    """Of all weights, whatever their device."""
-    digest = blake2b(digest_size=16)
-    for name, value in teacher.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

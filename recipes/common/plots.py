@@ -95,6 +95,30 @@ def bars(rows: Mapping[str, Mapping[str, float]], path: Path, title: str, label:
     _save(figure, path)
 
 
+def heatmap(values: Mapping[str, Mapping[str, float]], path: Path, title: str) -> None:
+    """A table of percentages in colours, with its numbers.
+
+    Args:
+        values: rows of columns by name, shares in [0, 1]; the columns are those of the first row.
+        path: a .png file; missing folders are made.
+        title: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(next(iter(values.values())))
+    table = [[row[name] for name in names] for row in values.values()]
+    figure = Figure(figsize=(2 + 0.7 * len(names), 1.5 + 0.4 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(table, aspect="auto")
+    axes.set_xticks(range(len(names)), names, rotation=60, fontsize=7)
+    axes.set_yticks(range(len(values)), list(values), fontsize=8)
+    for y, row in enumerate(table):
+        for x, value in enumerate(row):
+            axes.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=6, color="white")
+    axes.set_title(title, fontsize=9)
+    _save(figure, path)
+
+
 def curves(x: Tensor, panels: Mapping[str, Tensor], path: Path, label: str) -> None:
     """Lines side by side, over the same axis.
 

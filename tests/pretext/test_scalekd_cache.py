@@ -151,7 +151,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
     # 32x8x12 of the map, 32 of the class token, 5 logits, 3 marks, 4 bytes each
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 2**20))
-    with pytest.raises(OSError, match=r"targets of 1000000 images need 11\.6 GiB"):
+    with pytest.raises(OSError, match=r"1000000 images need 11\.6 GiB"):
         write_targets(tmp_path, objective(), batches(pictures()), 1_000_000)
     assert not list(tmp_path.iterdir())
 
