@@ -63,11 +63,13 @@ def open_model(path: str | os.PathLike[str]) -> Opened:
 def _diffusers(path: Path) -> Opened:
     try:
         import diffusers
+
+        library: Any = diffusers
     except ImportError as error:
         raise ImportError(f'{path} is of diffusers: pip install "leaven[diffusion]"') from error
     try:
         if (path / "model_index.json").is_file():
-            pipe: Any = diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=True)
+            pipe = library.DiffusionPipeline.from_pretrained(path, local_files_only=True)
             parts: dict[str, Any] = pipe.components
             model = parts.get("unet") or parts.get("transformer")
             if model is None:
@@ -76,7 +78,7 @@ def _diffusers(path: Path) -> Opened:
             vae = parts.get("vae")
             return Opened(model.eval(), schedule, None if vae is None else _encoder(vae.eval()))
         kind = json.loads((path / "config.json").read_text())["_class_name"]
-        model = getattr(diffusers, kind).from_pretrained(path, local_files_only=True)
+        model = getattr(library, kind).from_pretrained(path, local_files_only=True)
     except (OSError, KeyError, AttributeError) as error:
         raise ValueError(f"cannot open {path}: {str(error).splitlines()[0]}") from error
     return Opened(model.eval(), Schedule.linear())

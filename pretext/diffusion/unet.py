@@ -210,7 +210,10 @@ def load_adm(path: str | os.PathLike[str], model: UNet | None = None) -> UNet:
         state = load_file(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    model = adm() if model is None else model
+    fresh = model is None
+    if model is None:
+        with torch.device("meta"):  # two gigabytes need not be drawn to be overwritten
+            model = adm()
     own = model.state_dict()
     for name in own:
         if name not in state:
@@ -220,5 +223,5 @@ def load_adm(path: str | os.PathLike[str], model: UNet | None = None) -> UNet:
             raise ValueError(f"{path}: {name} is {shapes}")
     if more := sorted(set(state) - set(own)):
         raise ValueError(f"{path} has {more[0]}, which the network has not: it is of another network")
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=fresh)
     return model.eval()

@@ -1,0 +1,116 @@
+"""recipes/diffusion_features.py: trains, resumes, reads models that there are, says what is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from recipe_programs import DIFFUSION
+
+from leaven.backbones import load
+from leaven.pretext.diffusion import UNet
+from leaven.recipes.common.flags import run_main
+
+Recipe = Callable[[Path], ModuleType]
+TINY = """
+from leaven.pretext.diffusion import UNet
+
+
+def tiny(in_chans=3):
+    return UNet(in_chans, width=16, multipliers=(1, 2), attention=(), head_width=16)
+"""
+FLAGS = ["--backbone", "tiny_net:tiny", "--image-size", "8", "--workers", "0", "--in-chans", "1"]
+QUICK = [*FLAGS, "--timesteps", "20", "--pool", "1,2", "--probe-images", "300"]
+
+
+@pytest.fixture(autouse=True)
+def tiny_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny_net.py").write_text(TINY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def results(folder: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(Path(folder, "results.json").read_text())["results"]
+    return found
+
+
+def test_it_trains_and_its_weights_are_read_again(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    module = recipe(DIFFUSION)
+    module.main([*QUICK, "--epochs", "4", "--output-dir", "out", "--head", "linear", "--head-steps", "300"])
+    said = capsys.readouterr().out
+    assert "digits are a smoke test" in said
+    assert "the cell chosen on 60 more" in said
+    who = [each["who"] for each in results("out")]
+    assert who == ["pixels", "trained network", "trained network", "untrained network"]
+    assert all(each["top1"] > 0.5 for each in results("out"))
+    assert len(results("out")[1]["grid"]) == 2 * 9 * 2  # clean and t = 20, nine blocks, two pools
+    for name in ("loss", "samples", "grid"):
+        assert Path(f"out/plots/{name}.png").stat().st_size > 5000
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    load("tiny_net:tiny", "out/backbone.safetensors")
+    module.main([*QUICK, "--model", "out", "--output-dir", "again"])
+    assert results("again")[1]["top1"] == results("out")[1]["top1"]
+    assert results("again")[1]["grid"] == results("out")[1]["grid"]
+
+
+def test_resume_is_exact(recipe: Recipe) -> None:
+    module, flags = recipe(DIFFUSION), [*FLAGS, "--no-grid", "--epochs", "2", "--limit-batches", "3"]
+    module.main([*flags, "--output-dir", "whole", "--save-every", "1"])
+    module.main([*flags, "--output-dir", "cut", "--save-every", "1"])
+    (last,) = Path("cut/checkpoints").glob("update-*6.pt")
+    last.unlink()
+    Path("cut/backbone.safetensors").unlink()
+    module.main([*flags, "--output-dir", "cut", "--save-every", "1", "--resume", "auto"])
+    a, b = (load("tiny_net:tiny", f"{name}/backbone.safetensors").state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_few_labels_and_no_labels(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    module = recipe(DIFFUSION)
+    quick = [*QUICK, "--epochs", "1", "--limit-batches", "2"]
+    module.main([*quick, "--labels", "5", "--output-dir", "few"])
+    assert "probes: 40 labels, the cell chosen on 10 more" in capsys.readouterr().out
+    Path("images").mkdir()
+    for i in range(70):
+        Image.new("RGB", (8, 8), (3 * i, 0, 0)).save(f"images/{i}.png")
+    module.main([*quick, "--data", "images", "--batch-size", "16", "--output-dir", "none"])
+    assert "no labels: features are not probed" in capsys.readouterr().out
+
+
+def test_the_dry_run(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe(DIFFUSION).main([*QUICK, "--dry-run"])
+    assert "all works here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--timesteps", "1000"], "timestep 1000 is out of range"),
+        (["--blocks", "mid"], "no block 'mid' in UNet; there are: input_blocks.0"),
+        (["--blocks", "99"], "block 99: UNet has 1 to 9"),
+        (["--pool", "0"], "draws and pool must be at least 1"),
+        (["--model", "nowhere"], "no diffusion model at nowhere"),
+        (["--model", "other.pt"], "time_embed.0.weight is (128, 32), and (1024, 256) is needed"),
+        (["--ema-decay", "1"], "--ema-decay must be at least 0 and below 1"),
+        (["--draws", "0"], "--draws must be at least 1"),
+        (["--image-size", "9"], "images of 9x9 pixels: both sides must be multiples of 2"),
+        (["--labels", "5000"], "training images only"),
+    ],
+)
+def test_wrong_flags(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    torch.save(UNet(1, width=32, multipliers=(1,)).state_dict(), "other.pt")
+    module = recipe(DIFFUSION)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: module.main([*QUICK, "--epochs", "1", "--limit-batches", "1", *flags]))
+    assert stopped.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(said) == 1
+    assert message in said[0]
