@@ -1,8 +1,9 @@
 """Classify with the intermediate activations of a diffusion model (Mukhopadhyay et al. 2023)."""
 
+from leaven.pretext.diffusion.blocks import UnknownBlock, block_names
 from leaven.pretext.diffusion.cache import FeatureCache, write_features
 from leaven.pretext.diffusion.denoiser import Denoiser
-from leaven.pretext.diffusion.features import Cell, DiffusionFeatures, UnknownBlock, block_names
+from leaven.pretext.diffusion.features import Cell, DiffusionFeatures
 from leaven.pretext.diffusion.grid import Scored, linear_cka, ridge, ridge_grid
 from leaven.pretext.diffusion.heads import AttentionHead, fit_heads, make_head
 from leaven.pretext.diffusion.opening import Opened, fresh_like, open_model

@@ -121,7 +121,9 @@ def fit_heads(
         }
         for name, loss in losses.items():
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"{name}: the loss is {float(loss)} at update {step + 1}: lower lr")
+                raise FloatingPointError(
+                    f"{name}: the loss is {float(loss.detach())} at update {step + 1}: lower lr"
+                )
         stepper.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         stepper.step()

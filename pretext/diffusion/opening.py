@@ -96,7 +96,7 @@ def fresh_like(model: nn.Module, seed: int = 0) -> nn.Module:
     """The same network with fresh weights, none of them zero by design: a fair rival for features without training.
 
     Networks as ADM begin every residual branch with zeros, so that fresh ones do next to nothing; here every layer is
-    drawn by its own default.
+    drawn by its own default, and parameters that belong to no such layer from N(0, 0.02^2).
     """
     twin = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
@@ -105,4 +105,7 @@ def fresh_like(model: nn.Module, seed: int = 0) -> nn.Module:
             reset: Any = getattr(layer, "reset_parameters", None)
             if callable(reset):
                 reset()
+            else:
+                for bare in layer.parameters(recurse=False):
+                    nn.init.normal_(bare, std=0.02)
     return twin.eval()

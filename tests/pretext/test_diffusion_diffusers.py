@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from leaven.pretext.diffusion import DiffusionFeatures, Schedule, UNet, open_model
-from leaven.pretext.diffusion.features import as_map, keyed_noise
+from leaven.pretext.diffusion.blocks import as_map
+from leaven.pretext.diffusion.features import keyed_noise
 
 diffusers = pytest.importorskip("diffusers", reason='needs diffusers: pip install "leaven[diffusion]"')
 

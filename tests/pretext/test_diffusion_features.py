@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from leaven.pretext.diffusion import Cell, DiffusionFeatures, Schedule, UNet, UnknownBlock, adm, block_names
-from leaven.pretext.diffusion.features import as_map, keyed_noise, pooled
+from leaven.pretext.diffusion.blocks import as_map, pooled
+from leaven.pretext.diffusion.features import keyed_noise
 
 SIDE = 16
 

@@ -21,6 +21,7 @@ from leaven.pretext.diffusion import (
     Schedule,
     UNet,
     fit_heads,
+    fresh_like,
     linear_cka,
     load_adm,
     make_head,
@@ -281,6 +282,24 @@ def test_a_draw_depends_on_its_generator_alone(tmp_path: Path) -> None:
     assert not again.training
     t = torch.tensor([1, 2, 3, 4])
     assert torch.equal(again(x, t), denoiser.backbone(x, t))
+
+
+def test_fresh_weights_are_no_zeros_and_nothing_of_the_old_ones() -> None:
+    model = nn.Sequential(UNet(1, width=32, multipliers=(1, 2)), AttentionHead(4, 2, 3, width=16, heads=2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+    before = torch.get_rng_state()
+    fresh = fresh_like(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, p in fresh.named_parameters():
+        assert not (p == 7.0).any(), name
+        assert name.endswith("bias") or p.abs().sum() > 0, name
+    assert all((p == 7.0).all() for p in model.parameters())
+    again, other = fresh_like(model), fresh_like(model, seed=1)
+    weights = [dict(each.named_parameters())["0.out.2.weight"] for each in (fresh, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def results(folder: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_it_trains_and_its_weights_are_read_again(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     module = recipe(DIFFUSION)
     module.main([*QUICK, "--epochs", "4", "--output-dir", "out", "--head", "linear", "--head-steps", "300"])
@@ -57,6 +58,7 @@ def test_it_trains_and_its_weights_are_read_again(recipe: Recipe, capsys: pytest
     assert results("again")[1]["grid"] == results("out")[1]["grid"]
 
 
+@pytest.mark.slow
 def test_resume_is_exact(recipe: Recipe) -> None:
     module, flags = recipe(DIFFUSION), [*FLAGS, "--no-grid", "--epochs", "2", "--limit-batches", "3"]
     module.main([*flags, "--output-dir", "whole", "--save-every", "1"])
@@ -69,6 +71,7 @@ def test_resume_is_exact(recipe: Recipe) -> None:
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_few_labels_and_no_labels(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
@@ -93,14 +96,14 @@ def test_the_dry_run(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["--timesteps", "1000"], "timestep 1000 is out of range"),
         (["--blocks", "mid"], "no block 'mid' in UNet; there are: input_blocks.0"),
-        (["--blocks", "99"], "block 99: UNet has 1 to 9"),
-        (["--pool", "0"], "draws and pool must be at least 1"),
+        pytest.param(*(["--blocks", "99"], "block 99: UNet has 1 to 9"), marks=pytest.mark.slow),
+        pytest.param(*(["--pool", "0"], "draws and pool must be at least 1"), marks=pytest.mark.slow),
         (["--model", "nowhere"], "no diffusion model at nowhere"),
         (["--model", "other.pt"], "time_embed.0.weight is (128, 32), and (1024, 256) is needed"),
         (["--ema-decay", "1"], "--ema-decay must be at least 0 and below 1"),
         (["--draws", "0"], "--draws must be at least 1"),
         (["--image-size", "9"], "images of 9x9 pixels: both sides must be multiples of 2"),
-        (["--labels", "5000"], "training images only"),
+        pytest.param(*(["--labels", "5000"], "training images only"), marks=pytest.mark.slow),
     ],
 )
 def test_wrong_flags(

@@ -127,7 +127,7 @@ def test_the_accuracy_of_a_network_that_knows(rotnet: Main, recipe: Recipe) -> N
     assert module.held_out_accuracy(Knows([0, 3, 2, 1]), Loader(), 6) == 0.5  # clockwise
 
 
-@pytest.mark.parametrize("mode", ["all", "random"])
+@pytest.mark.parametrize("mode", [pytest.param("all", marks=pytest.mark.slow), "random"])
 def test_sigterm_and_resume_are_the_uninterrupted_run(
     rotnet: Main, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

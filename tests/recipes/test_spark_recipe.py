@@ -201,7 +201,7 @@ def test_augmenting_on_the_device_trains(spark: Main) -> None:
     assert len(rows) == 3
 
 
-@pytest.mark.parametrize("backend", ["packed", "dense"])
+@pytest.mark.parametrize("backend", ["packed", pytest.param("dense", marks=pytest.mark.slow)])
 def test_backends_agree_on_the_first_update(spark: Main, backend: str) -> None:
     first = log_of(spark(backend, "--backend", backend, "--epochs", "1", "--limit-batches", "1"))[0]
     auto = log_of(spark("auto", "--epochs", "1", "--limit-batches", "1"))[0]

@@ -358,6 +358,7 @@ def test_presets_hold_the_papers_numbers(recipe: Recipe) -> None:
         assert resolve(s, 8, {}).lr == pytest.approx(s.lr_base * s.global_batch_size / 256)
 
 
+@pytest.mark.slow
 def test_resnet50_under_the_papers_preset_does_not_explode(train: Main) -> None:
     """Users of the official code report that it does. At the preset's own rate for this batch, without a warm-up."""
     flags = [
