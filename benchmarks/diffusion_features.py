@@ -85,9 +85,8 @@ def features(kind: str, weights: str, x: Tensor, moments: Tensor, seed: int) -> 
         extract = DiffusionFeatures(
             net, Schedule.linear(), timesteps=TIMES, pool=POOLS, include_clean=True, seed=seed
         )
-        parts = [
-            extract(2 * part - 1, start) for part, start in zip(x.split(500), starts(len(x)), strict=True)
-        ]
+        pairs = zip(x.split(500), torch.arange(len(x)).split(500), strict=True)
+        parts = [extract(2 * part - 1, indices) for part, indices in pairs]
         return {cell: torch.cat([part[cell] for part in parts]) for cell in extract.cells}
     mean, std = moments.view(2, 1, 3, 1, 1)
     net = create("resnet10t")
@@ -96,10 +95,6 @@ def features(kind: str, weights: str, x: Tensor, moments: Tensor, seed: int) -> 
         F.interpolate((part - mean) / std, (NET_SIDE, NET_SIDE), mode="bicubic") for part in x.split(500)
     ]
     return {Cell("clean", "pooled", 1): extract_features(net, parts)[..., None, None]}
-
-
-def starts(n: int) -> list[Tensor]:
-    return list(torch.arange(n).split(500))
 
 
 def trial(caches: dict[str, str], work: str, data: str, kind: str, seed: int) -> dict[str, Any]:
