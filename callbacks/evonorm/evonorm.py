@@ -1,13 +1,16 @@
 """EvoNorm in place of a network's BatchNorm and activation, as a function and as a callback."""
 
+import os
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leaven.callbacks.callback import Callback, Handle, Progress
+from leaven.callbacks.evonorm.genome import Genome
 from leaven.callbacks.evonorm.replace import Report, replace_norm_act
 from leaven.callbacks.wrappers import AttachError
 
@@ -38,6 +41,13 @@ def evo_norm(
     return build(kind, num_features, groups, apply_act, **kwargs)
 
 
+def evolved_norm(genome: Genome, num_features: int, **kwargs: Any) -> nn.Module:
+    """A genome as a layer; see `leaven.callbacks.evonorm.evolved.EvolvedNormAct2d`."""
+    from leaven.callbacks.evonorm.evolved import EvolvedNormAct2d  # imports torch.fx
+
+    return EvolvedNormAct2d(genome, num_features, **kwargs)
+
+
 class EvoNorm(Callback):
     """Puts EvoNorm layers where a network has BatchNorm and its activation.
 
@@ -47,6 +57,7 @@ class EvoNorm(Callback):
 
     Args:
         kind, groups: see `evo_norm`.
+        genome: a layer that a search found, or the path of its JSON, in place of a kind; see `EvolvedNormAct2d`.
         example: images that the model takes, if it is not a usual image model.
         **kwargs: see `evo_norm`.
 
@@ -63,18 +74,29 @@ class EvoNorm(Callback):
     binds = "backbone"
 
     def __init__(
-        self, kind: str = "s0", *, groups: int = 32, example: Tensor | None = None, **kwargs: Any
+        self,
+        kind: str = "s0",
+        *,
+        genome: Genome | str | os.PathLike[str] | None = None,
+        groups: int = 32,
+        example: Tensor | None = None,
+        **kwargs: Any,
     ) -> None:
-        evo_norm(kind, 1, groups=groups, **kwargs)  # says what is wrong now and not in the middle of surgery
-        self.kind, self.groups, self.example, self.kwargs = kind, groups, example, kwargs
+        if genome is None:
+            self.factory: Any = partial(evo_norm, kind, groups=groups, **kwargs)
+        else:
+            genome = genome if isinstance(genome, Genome) else Genome.from_json(Path(genome).read_text())
+            self.factory = partial(evolved_norm, genome, groups=groups, **kwargs)
+        self.factory(1)  # says what is wrong now and not in the middle of surgery
+        self.kind = kind if genome is None else f"genome {genome.key}"
+        self.groups, self.example = groups, example
         self.report = Report()
 
     def setup(
         self, model: nn.Module, optimizers: tuple[Optimizer, ...], progress: Progress
     ) -> Iterable[Handle]:
-        factory = partial(evo_norm, self.kind, groups=self.groups, **self.kwargs)
         try:
-            self.report = replace_norm_act(model, factory, example=self.example, optimizers=optimizers)
+            self.report = replace_norm_act(model, self.factory, example=self.example, optimizers=optimizers)
         except ValueError as error:
             raise AttachError(f"EvoNorm: {error}") from error
         yield _UntilTrained(self.report, progress)

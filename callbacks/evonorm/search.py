@@ -1,0 +1,57 @@
+"""A search for layers: candidates in rounds, on any executor, with a journal."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+from leaven.callbacks.evonorm.evolution import AgeingEvolution
+from leaven.trials import run_trials
+
+
+def search(
+    evolution: AgeingEvolution,
+    judge: Callable[[str], Any],
+    candidates: int,
+    *,
+    round_size: int = 8,
+    executor: Callable[[int], Executor] | None = None,
+    workers: int = 1,
+    time_limit: float | None = None,
+    journal: str | Path | None = None,
+    report: Callable[[AgeingEvolution], object] | None = None,
+) -> AgeingEvolution:
+    """Judge so many candidates, a round at a time; what a round found is told in the order in which it was asked for.
+
+    So the search depends neither on the executor nor on who was faster, and a resumed one is the uninterrupted one:
+    what the journal knows is not judged again. A candidate whose judge fails, hangs or dies is rejected.
+
+    Args:
+        evolution: what asks.
+        judge: called as ``judge(genome=JSON)``: ``{"scores": [...]}`` or ``{"rejected": reason}``. For processes it
+            must pickle.
+        candidates: in all.
+        round_size: asked for before anything of the round is told.
+        executor, workers, time_limit, journal: see `run_trials`; the limit is for one candidate.
+        report: called after every round.
+
+    Returns:
+        The evolution.
+    """
+    if candidates < 1 or round_size < 1:
+        raise ValueError(f"candidates and round_size must be at least 1, got {candidates} and {round_size}")
+    done = 0
+    while done < candidates:
+        asked = [evolution.ask() for _ in range(min(round_size, candidates - done))]
+        trials = {f"candidate {each.number}": {"genome": each.genome.to_json()} for each in asked}
+        outcomes = run_trials(
+            judge, trials, executor=executor, workers=workers, time_limit=time_limit, journal=journal
+        )
+        for candidate, outcome in zip(asked, outcomes.values(), strict=True):
+            found = outcome.result or {}
+            why = outcome.failure or found.get("rejected", "")
+            evolution.tell(candidate.number, None if why else found["scores"], why)
+        done += len(asked)
+        if report is not None:
+            report(evolution)
+    return evolution
