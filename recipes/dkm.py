@@ -23,7 +23,7 @@ from leaven.bayes.deep_kernel_machine import fit, normalised
 from leaven.recipes.common.data import KeyedLoader
 from leaven.recipes.common.flags import UserError, flag, parse, run_main
 from leaven.recipes.common.probes import labelled_features
-from leaven.recipes.common.study import StudySettings, conduct
+from leaven.recipes.common.study import StudySettings, conduct, share_threads
 from leaven.recipes.common.tables import Scale, open_table
 
 
@@ -107,7 +107,7 @@ def learn(
 
 def on_table(settings: DKMSettings, folder: str, split: int, seed: int) -> dict[str, Any]:
     """One trial: RMSE and NLL on the test rows, in the target's own unit."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // settings.jobs))
+    share_threads(settings.jobs)
     table = open_table(settings.data, settings.target, settings.seed)
     train, test = table.split(split)
     inputs, targets = Scale(table.x[train]), Scale(table.y[train])
@@ -129,7 +129,7 @@ def features(backbone: nn.Module, loader: KeyedLoader) -> tuple[Tensor, Tensor]:
 
 def on_features(settings: DKMSettings, folder: str, split: int, seed: int) -> dict[str, Any]:
     """One trial: scores of the class probabilities on the held-out images."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // settings.jobs))
+    share_threads(settings.jobs)
     found = torch.load(Path(folder) / "inputs.pt")
     (x, y), (x_val, y_val) = found["train"], found["val"]
     machine, nu = learn(settings, x, y, int(y.max()) + 1, seed, "categorical")

@@ -36,7 +36,7 @@ from leaven.recipes.common.flags import UserError, flag, parse, run_main
 from leaven.recipes.common.plots import band, curves, histograms
 from leaven.recipes.common.probes import labelled_features
 from leaven.recipes.common.run_folder import writing
-from leaven.recipes.common.study import StudySettings, conduct
+from leaven.recipes.common.study import StudySettings, conduct, share_threads
 from leaven.recipes.common.tables import Scale, open_table
 
 DRAWN = 20  # functions in a picture
@@ -191,7 +191,7 @@ def rivals(
 
 def on_table(settings: FunctionalPriorSettings, folder: str, split: int, seed: int) -> dict[str, Any]:
     """One trial: RMSE and NLL on the test rows, in the target's own unit."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // settings.jobs))
+    share_threads(settings.jobs)
     name, plots = f"split{split}-seed{seed}", Path(folder) / "plots"
     table = open_table(settings.data, settings.target, settings.seed)
     train, test = table.split(split)
@@ -283,7 +283,7 @@ def network(settings: FunctionalPriorSettings, x: Tensor, classes: int) -> tuple
 
 def on_images(settings: FunctionalPriorSettings, folder: str, split: int, seed: int) -> dict[str, Any]:
     """One trial: scores of the class probabilities on the held-out images."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // settings.jobs))
+    share_threads(settings.jobs)
     name, plots = f"seed{seed}", Path(folder) / "plots"
     parts = torch.load(Path(folder) / "inputs.pt")
     (x, y), (x_val, y_val) = parts["train"], parts["val"]

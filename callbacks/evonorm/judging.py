@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from leaven.callbacks.evonorm.evolved import EvolvedNormAct2d
 from leaven.callbacks.evonorm.genome import Genome
 from leaven.callbacks.evonorm.replace import NormActFactory, replace_norm_act
+
+_THREADS = torch.get_num_threads()  # of a fresh process
 
 
 class Rejected(Exception):
@@ -221,3 +223,24 @@ def judge(
     except Rejected as error:
         return {"rejected": str(error)}
     return {"scores": scores}
+
+
+@lru_cache(maxsize=1)
+def _task(path: str, classes: int) -> Task:
+    x, y, x_val, y_val = torch.load(path)
+    return Task(x, y, x_val, y_val, classes)
+
+
+def judge_file(
+    path: str, classes: int, budget: Budget, anchors: Sequence[str], jobs: int, genome: str, seed: int = 0
+) -> Any:
+    """`judge` for processes: the task is read from a file, once in each; threads are divided among `jobs`.
+
+    Args:
+        path: of a `torch.save` of (x, y, x_val, y_val), see `Task`.
+        classes, budget, anchors, seed: see `judge`.
+        jobs: processes at a time.
+        genome: as JSON.
+    """
+    torch.set_num_threads(max(1, _THREADS // jobs))
+    return judge(Genome.from_json(genome), _task(path, classes), budget, anchors, seed)

@@ -95,6 +95,34 @@ def bars(rows: Mapping[str, Mapping[str, float]], path: Path, title: str, label:
     _save(figure, path)
 
 
+def scatter(
+    x: Sequence[float] | None,
+    points: Mapping[str, Any],
+    path: Path,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """Points of several kinds.
+
+    Args:
+        x: for all kinds; None: each kind has its own, as a pair (x, y).
+        points: name -> y, or the pair.
+        path: a .png file; missing folders are made.
+        xlabel, ylabel: of the axes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, values in points.items():
+        across, up = (x, values) if x is not None else values
+        axes.scatter(across, up, s=12, label=name, alpha=0.7)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
 def heatmap(values: Mapping[str, Mapping[str, float]], path: Path, title: str) -> None:
     """A table of percentages in colours, with its numbers.
 

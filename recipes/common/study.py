@@ -31,6 +31,7 @@ from leaven.recipes.common.signals import exit_code
 from leaven.recipes.common.tables import open_table
 from leaven.trials import Outcome, TrialsError, run_trials
 
+_THREADS = torch.get_num_threads()  # of a fresh process
 Trial = Callable[..., dict[str, Any]]
 Inputs = Callable[[nn.Module, KeyedLoader], tuple[Tensor, Tensor]]
 
@@ -127,6 +128,11 @@ def about(settings: StudySettings) -> list[str]:
     if settings.splits != 1:
         raise UserError("--splits is of tables; images are split as they lie, see --seeds")
     return keep_few(find_data(settings), settings.labels, settings.seed).notes
+
+
+def share_threads(jobs: int) -> None:
+    """In a trial: a process's share of the threads, however many trials it has had."""
+    torch.set_num_threads(max(1, _THREADS // jobs))
 
 
 def run_study(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parent / "tiny_run.py"
-SPARK, TRAIN, EVALUATE, ROTNET, SEARCH, SCALEKD, DKM, PRIOR, DIFFUSION = (
+SPARK, TRAIN, EVALUATE, ROTNET, SEARCH, SCALEKD, DKM, PRIOR, DIFFUSION, LAYERS = (
     ROOT / "recipes" / f"{name}.py"
     for name in (
         "spark",
@@ -28,6 +28,7 @@ SPARK, TRAIN, EVALUATE, ROTNET, SEARCH, SCALEKD, DKM, PRIOR, DIFFUSION = (
         "dkm",
         "functional_prior",
         "diffusion_features",
+        "evonorm_search",
     )
 )
 
