@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -293,6 +295,39 @@ def test_statistics_over_their_axes() -> None:
                 "std": (part.var(correction=0) + 1e-5).sqrt(),
             }[name]  # fmt: skip
             torch.testing.assert_close(found[b, c], value.expand(5, 6))
+
+
+RANK = """
+import sys, torch
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+made, x = torch.load(f"{folder}/layer.pt", weights_only=False)
+x = (x[:3], x[3:])[rank].clone().requires_grad_()
+y = made(x)
+y.pow(3).sum().backward()
+torch.save((y.detach(), x.grad, made.weight.grad, made.state_dict()), f"{folder}/{rank}.pt")
+torch.distributed.barrier()
+"""
+
+
+@pytest.mark.parametrize("name", ["evonorm_b0", "bn_relu"])
+def test_two_processes_are_one_with_all_images(name: str, tmp_path: Path) -> None:
+    """Of unequal batches, gradients and running averages included."""
+    torch.manual_seed(0)
+    made, x = layer(name, sync=True).double(), randn(7, 8, 4, 3, dtype=torch.float64)
+    torch.save((made, x), tmp_path / "layer.pt")
+    whole = x.clone().requires_grad_()
+    y = made(whole)
+    y.pow(3).sum().backward()
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait() for process in ranks] == [0, 0]
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(torch.cat([half[0] for half in halves]), y.detach())
+    torch.testing.assert_close(torch.cat([half[1] for half in halves]), whole.grad)
+    torch.testing.assert_close(halves[0][2] + halves[1][2], made.weight.grad)
+    for half in halves:
+        for key, value in made.state_dict().items():
+            torch.testing.assert_close(half[3][key], value)
 
 
 def test_wrong_use_of_the_layer() -> None:
