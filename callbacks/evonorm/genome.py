@@ -192,9 +192,6 @@ def _plain(op: str, parts: list[str]) -> str:
         return f"({signs[op].join(parts)})"
     if op == "neg":
         return f"(-{parts[0]})"
-    if op in AGGREGATIONS:
-        moment, axes = op.split("_")
-        return f"{moment}[{axes}]({_bare(parts[0])})"
     return f"{op}({', '.join(_bare(part) for part in parts)})"
 
 

@@ -92,7 +92,7 @@ def test_json_comes_back_and_tells_what_it_is() -> None:
         assert genome.formula()
         assert genome.formula(latex=True).count("{") == genome.formula(latex=True).count("}")
     assert len({Genome.named(name).key for name in NAMED}) == len(NAMED)
-    assert Genome.named("evonorm_s0").formula() == "(x * sigmoid(v1 * x)) / std[whg](x)"
+    assert Genome.named("evonorm_s0").formula() == "(x * sigmoid(v1 * x)) / std_whg(x)"
     assert not Genome.named("evonorm_s0").uses_batch
     assert Genome.named("bn_relu").uses_batch
     with pytest.raises(GenomeError, match="no genome 'gelu'; there are: evonorm_b0"):
