@@ -11,7 +11,7 @@ scikit-learn's digits, a smoke test and no evidence.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +94,24 @@ class DiffusionSettings(LoopSettings):
         for name in ("draws", "head_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.model is not None:
+            if not self.grid or self.dry_run:
+                raise UserError(
+                    "--model trains nothing and reads features: leave --no-grid and --dry-run out"
+                )
+            mine = {f.name: f.default for f in fields(DiffusionSettings)}
+            for name in (
+                "backbone",
+                "epochs",
+                "lr",
+                "weight_decay",
+                "warmup_epochs",
+                "ema_decay",
+                "hflip",
+                "init",
+            ):
+                if getattr(self, name) != mine[name]:
+                    raise UserError(f"--{name.replace('_', '-')} is of training: leave it out with --model")
         if self.image_size is None and self.data == "digits":
             self.image_size = (16, 16)
 
@@ -113,6 +131,9 @@ def read(settings: DiffusionSettings) -> None:
     assert settings.model is not None
     with user_errors(ValueError, FileNotFoundError, ImportError):
         opened = open_model(settings.model)
+    data = find_data(settings)
+    images = scaled(data, settings)
+    check(opened, images, settings)
     run = open_run(
         "diffusion_features",
         Path(settings.model).name,
@@ -120,8 +141,6 @@ def read(settings: DiffusionSettings) -> None:
         resume=settings.resume,
     )
     print(set_threads(1))
-    data = find_data(settings)
-    images = scaled(data, settings)
     print("\n".join([*data.notes, str(images)]))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     opened.model.to(device or "cpu")
@@ -136,9 +155,7 @@ def train(settings: DiffusionSettings, data: Data) -> None:
     accelerator, run, settings = start(settings, "diffusion_features")
     images = scaled(data, settings)
     denoiser = Denoiser(build_backbone(settings, images.size)).to(accelerator.device)
-    with user_errors(ValueError), torch.no_grad():  # can it take these images?
-        blank = torch.zeros(1, settings.in_chans, *images.size, device=accelerator.device)
-        denoiser.predict(blank, torch.zeros(1, dtype=torch.int64, device=accelerator.device))
+    check(Opened(denoiser.backbone, denoiser.schedule), images, settings)
     millions = sum(p.numel() for p in denoiser.parameters()) / 1e6
     about, how = [*data.notes, str(images)], [f"denoiser: {millions:.2f} M parameters, noise in 1000 steps"]
     optimizer = make_optimizer(denoiser, settings)
@@ -174,6 +191,26 @@ def train(settings: DiffusionSettings, data: Data) -> None:
     write_card(run, name, "DDPM", paper, data=about, how=how + lines, results=scores, in_chans=chans)
     print(f"run folder: {run.path} (weights, model card, log, plots)")
     accelerator.end_training()
+
+
+def check(opened: Opened, images: Images, settings: DiffusionSettings) -> None:
+    """What would be found wrong after the training only: can the network take these images, are the probes possible?"""
+    device = next(opened.model.parameters()).device
+    with user_errors(ValueError):
+        blank = torch.zeros(1, settings.in_chans, *images.size, device=device)
+        extractor(opened, settings)(blank)
+    if settings.grid and settings.labels is not None and images.data.classes:
+        labels = Part(images.data.train, settings.probe_images).labels
+        few_labels(labels, settings.labels, settings.seed, images.data.classes)
+
+
+def extractor(opened: Opened, settings: DiffusionSettings) -> DiffusionFeatures:
+    """Of all cells of the grid."""
+    numbers = [int(each) if each.isdigit() else each for each in settings.blocks or ()]
+    return DiffusionFeatures(
+        opened.model, opened.schedule, numbers or "auto", settings.timesteps, settings.pool,
+        settings.draws, settings.include_clean, seed=settings.seed, encode=opened.encode,
+    )  # fmt: skip
 
 
 def scaled(data: Data, settings: DiffusionSettings) -> Images:
@@ -255,12 +292,7 @@ def cached(
     """Features of all images, written below the run folder and read from there."""
     found: dict[str, Parts] = {}
     for who, opened in rivals.items():
-        with user_errors(ValueError):
-            numbers = [int(each) if each.isdigit() else each for each in settings.blocks or ()]
-            extract = DiffusionFeatures(
-                opened.model, opened.schedule, numbers or "auto", settings.timesteps, settings.pool,
-                settings.draws, settings.include_clean, seed=settings.seed, encode=opened.encode,
-            )  # fmt: skip
+        extract = extractor(opened, settings)
         found[who] = {}
         for name, part in (("train", images.data.train), ("val", images.data.val)):
             n = min(settings.probe_images, len(part))

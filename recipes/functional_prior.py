@@ -169,11 +169,18 @@ def sample(
         path.parent.mkdir(parents=True, exist_ok=True)
         posterior.save(path)
         torch.save(prior.state_dict(), path.with_suffix(".prior.pt"))
+    rhat = posterior.rhat()
     mixing = {
-        "r-hat": float(posterior.rhat().mean()),
+        "r-hat": float(rhat.mean()),
+        "worst r-hat": float(rhat.max()),
         "effective draws": float(posterior.ess().mean()),
         "clamped": posterior.clamped_fraction,
     }
+    if mixing["r-hat"] > 1.2 or mixing["clamped"] > 0.5:
+        print(
+            f"{path.stem}: the chains are no sample of the posterior (mean R-hat {mixing['r-hat']:.2f}, clamped "
+            f"{mixing['clamped']:.0%}): more --burn-in and --draws, or a smaller --step-size"
+        )
     return posterior, mixing
 
 

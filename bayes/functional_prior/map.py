@@ -44,6 +44,8 @@ def map_estimate(
         raise ValueError("members, steps and batch_size must be at least 1, lr greater than 0")
     if len(x) != len(targets):
         raise ValueError(f"{len(x)} rows of x and {len(targets)} targets")
+    if not (torch.isfinite(x).all() and torch.isfinite(targets).all()):
+        raise ValueError("there is a NaN or an infinity in the data: fill gaps first")
     check_mode(prior.module)
     generators = [torch.Generator(x.device).manual_seed(seed * 1000 + i) for i in range(members)]
     with torch.no_grad():

@@ -68,6 +68,9 @@ class FunctionalPrior(nn.Module):
         assert isinstance(found, Family)
         return found
 
+    def _shapes(self) -> list[tuple[str, torch.Size]]:
+        return [(name, shape) for members in self.groups.values() for name, shape in members.items()]
+
     @torch.no_grad()
     def standardise(self) -> None:
         """Make every group N(0, 1): the usual prior, to compare with.
@@ -101,12 +104,9 @@ class FunctionalPrior(nn.Module):
         Raises:
             ValueError: parameters of several functions at once, or of other shapes; use `torch.func.vmap`.
         """
-        for members in self.groups.values():
-            for name, shape in members.items():
-                if params[name].shape != shape:
-                    raise ValueError(
-                        f"{name} is {tuple(params[name].shape)}, and of one function {tuple(shape)}"
-                    )
+        for name, shape in self._shapes():
+            if params[name].shape != shape:
+                raise ValueError(f"{name} is {tuple(params[name].shape)}, and of one function {tuple(shape)}")
         total: Tensor | int = 0
         for group, members in self.groups.items():
             roots = [(name, _root_fan_in(shape)) for name, shape in members.items()]
@@ -131,9 +131,13 @@ class FunctionalPrior(nn.Module):
             chunk_size: functions at a time; smaller ones need less memory, and on CPUs are often faster.
 
         Raises:
-            ValueError: the network has BatchNorm or Dropout in training mode; see `check_mode`.
+            ValueError: the network has BatchNorm or Dropout in training mode, see `check_mode`; or the parameters are
+                of another network.
         """
         check_mode(self.module)
+        for name, shape in self._shapes():
+            if params[name].shape[1:] != shape:
+                raise ValueError(f"{name} is {tuple(params[name].shape)}, and n of {tuple(shape)} are needed")
 
         def one(params: Params) -> Tensor:
             out: Tensor = functional_call(self.module, params, (x,))
@@ -206,6 +210,10 @@ def _by_glob(module: nn.Module, groups: Mapping[str, str]) -> dict[str, list[str
     found: dict[str, list[str]] = {}
     taken: dict[str, str] = {}
     for group, glob in groups.items():
+        if not isinstance(glob, str):
+            raise TypeError(
+                f"group {group!r}: a glob over parameter names is needed, not {type(glob).__name__}"
+            )
         found[group] = fnmatch.filter(names, glob)
         if not found[group]:
             raise ValueError(f"group {group!r}: {glob!r} matches no parameter of {type(module).__name__}")

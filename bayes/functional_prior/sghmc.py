@@ -69,15 +69,19 @@ class PosteriorSamples:
 
         Raises:
             FileNotFoundError: no such file.
+            ValueError: another kind of file.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
             raise FileNotFoundError(f"no posterior samples at {path}")
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            clamped = float(file.metadata()["clamped_fraction"])
-        functions = tensors.pop("functions")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                clamped = float(file.metadata()["clamped_fraction"])
+            functions = tensors.pop("functions")
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} has no posterior samples in it ({error})") from error
         return PosteriorSamples(
             {name.removeprefix("params."): value for name, value in tensors.items()}, functions, clamped
         )
@@ -153,6 +157,8 @@ class SGHMC:
             raise ValueError(f"{len(x)} rows of x and {len(targets)} targets")
         if not torch.isfinite(x).all():
             raise ValueError("there is a NaN or an infinity in the data: fill gaps first")
+        if not torch.isfinite(targets).all():
+            raise ValueError("there is a NaN or an infinity in the targets")
         check_mode(prior.module)
         self.prior, self.loglik, self.x, self.targets = prior, loglik, x, targets
         self.chains, self.batch_size, self.thin, self.burn_in = chains, batch_size, thin, burn_in
@@ -303,5 +309,14 @@ def gaussian_loglik(noise: float) -> LogLik:
 
 
 def softmax_loglik(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Of class indices (B,) given logits (B, K), in nats."""
+    """Of class indices (B,) given logits (B, K), in nats.
+
+    Raises:
+        ValueError: targets that are no integers (B,).
+    """
+    if targets.is_floating_point() or targets.shape != outputs.shape[:1]:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} of {targets.dtype} for logits {tuple(outputs.shape)}: class indices (B,) "
+            "are needed"
+        )
     return outputs.log_softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)

@@ -16,6 +16,10 @@ class GPTarget:
         mean: a mean of gpytorch's; zero by default.
         outputs: independent processes.
         feature_map: what the kernel sees of the inputs; by default they are flattened.
+
+    Raises:
+        TypeError: no kernel.
+        ValueError: no outputs.
     """
 
     def __init__(
@@ -25,6 +29,10 @@ class GPTarget:
         outputs: int = 1,
         feature_map: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        if not hasattr(kernel, "named_priors"):
+            raise TypeError(f"a kernel of gpytorch's is needed, not {type(kernel).__name__}")
+        if outputs < 1:
+            raise ValueError(f"outputs must be at least 1, got {outputs}")
         self.kernel, self.mean = copy.deepcopy(kernel).double(), copy.deepcopy(mean)
         if self.mean is not None:
             self.mean.double()

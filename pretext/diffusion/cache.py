@@ -41,7 +41,7 @@ def write_features(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made_by, written, done = notes(features) | {"dtype": str(dtype)}, 0, 0
+    made_by, written, done = notes(features) | {"dtype": str(dtype), "total": str(total)}, 0, 0
     for number, (images, labels) in enumerate(batches):
         path = folder / f"{number:05}.safetensors"
         own = made_by | {"images": digest({"images": images, "labels": labels})}
@@ -76,7 +76,7 @@ class FeatureCache(Mapping[Cell, Tensor]):
 
     Raises:
         FileNotFoundError: no features there.
-        ValueError: they are of another model or of other settings, or a file is damaged.
+        ValueError: they are of another model or of other settings, not complete, or a file is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], features: DiffusionFeatures | None = None) -> None:
@@ -92,7 +92,10 @@ class FeatureCache(Mapping[Cell, Tensor]):
                     )
         names = json.loads(self._files[0].metadata()["cells"])
         self._names = {Cell(*name): json.dumps(name) for name in names}
+        total = int(self._files[0].metadata()["total"])
         self.labels = torch.cat([file.get_tensor("labels") for file in self._files])
+        if len(self.labels) != total:
+            raise ValueError(f"{folder} has {len(self.labels)} of {total} images: write_features goes on")
 
     def __getitem__(self, cell: Cell) -> Tensor:
         name = self._names[cell]

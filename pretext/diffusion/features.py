@@ -35,8 +35,9 @@ class Cell(NamedTuple):
 class DiffusionFeatures:
     """Features of a frozen diffusion model, for every timestep, block and pooling in one go.
 
-    Noise is keyed by (seed, image, timestep, draw): features do not depend on batches or their order, and the global
-    random state is left as it was. A pass ends behind the last block that is asked for.
+    Noise is keyed by (seed, index of the image, timestep, draw): where indices are given, features do not depend on
+    batches or their order. The global random state is left as it was. A pass ends behind the last block that is asked
+    for.
 
     Source: Mukhopadhyay et al., Diffusion Models Beat GANs on Image Classification, 2023 (2307.08702); averaging over
     draws and "clean" are additions.
@@ -93,9 +94,11 @@ class DiffusionFeatures:
         self.times: list[Time] = [*(["clean"] if include_clean else []), *timesteps]  # type: ignore[list-item]
         pools = [pool] if pool is None or isinstance(pool, int) else list(pool)
         for t in timesteps:
-            last = "T" if self.schedule is None else len(self.schedule)
+            if type(t) is not int:
+                raise ValueError(f"timestep {t!r} is no whole number")
+            last = "T - 1" if self.schedule is None else len(self.schedule) - 1
             if t < 0 or (self.schedule is not None and t >= len(self.schedule)):
-                raise ValueError(f"timestep {t} is out of range: there are 0 to {last} - 1")
+                raise ValueError(f"timestep {t} is out of range: there are 0 to {last}")
         if not self.times or not pools:
             raise ValueError("give timesteps, or include_clean, and a pool")
         if draws < 1 or any(p is not None and p < 1 for p in pools):
@@ -111,15 +114,18 @@ class DiffusionFeatures:
 
         Args:
             images: (B, C, H, W), scaled as the model was trained: for most, to [-1, 1].
-            indices: (B,) which images of the data these are, for the noise; by default 0 to B - 1.
+            indices: (B,) which images of the data these are, for the noise. By default 0 to B - 1, which is right for
+                data that are one batch: every other batch would get the same noise again.
             batch_size: noisy images per pass; all times and draws of all images are passed one after another.
 
         Raises:
-            ValueError: images that the model cannot take, or a block whose output is no map.
+            ValueError: images that the model cannot take or that are not finite, or a block whose output is no map.
         """
         indices = torch.arange(len(images)) if indices is None else indices.cpu()
         if len(indices) != len(images) or not len(images):
             raise ValueError(f"{len(indices)} indices for {len(images)} images")
+        if not torch.isfinite(images).all():
+            raise ValueError("there is a NaN or an infinity in the images")
         device = device_of(self.model)
         sums: dict[Cell, Tensor] = {}
         with torch.no_grad(), eval_mode(self.model):

@@ -69,13 +69,28 @@ def ridge_grid(
         labels: (N,) class indices.
         others: maps and labels of other images; their accuracies are taken.
         l2: penalties, see `ridge`.
+
+    Raises:
+        ValueError: numbers that do not fit, or a class that is judged and not learnt.
     """
     if not others:
         raise ValueError("give the maps and labels of validation images, and of what else is to be judged")
     found = []
+    for cell in train:
+        if not all(cell in maps for maps, _ in others):
+            raise ValueError(f"{cell} is not among the other images' cells")
+    new = sorted(
+        {int(each) for _, y in others for each in y.unique()} - {int(each) for each in labels.unique()}
+    )
+    if new:
+        raise ValueError(f"class {new[0]} is judged and not learnt: it has no training image")
     targets = F.one_hot(labels)
     for cell in train:
         x = train[cell].flatten(1).double()
+        if len(x) != len(labels) or not torch.isfinite(x).all():
+            raise ValueError(
+                f"{cell}: {len(x)} maps for {len(labels)} labels, or numbers that are not finite"
+            )
         mean, std = x.mean(0), x.std(0, correction=0)
         std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
         parts = [((maps[cell].flatten(1).double() - mean) / std, y) for maps, y in others]
@@ -95,12 +110,14 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
         y: (N, E), of the other.
 
     Raises:
-        ValueError: other numbers of images.
+        ValueError: other numbers of images, or features that are the same for all.
     """
     if len(x) != len(y):
         raise ValueError(f"{len(x)} and {len(y)} images: features of the same images are compared")
     x, y = (each.flatten(1).double() for each in (x, y))
     x, y = x - x.mean(0), y - y.mean(0)
+    if not (x.any() and y.any()):
+        raise ValueError("features that are the same for all images are like none")
     if len(x) < min(x.shape[1], y.shape[1]):
         a, b = x @ x.T, y @ y.T
         return float((a * b).sum() / (a.norm() * b.norm()))

@@ -103,9 +103,13 @@ def fit_heads(
     """
     if not heads:
         raise ValueError("no heads to train")
+    if min(steps, batch_size) < 1:
+        raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
     for name in heads:
         if len(features[name]) != len(labels):
             raise ValueError(f"{name}: {len(features[name])} maps and {len(labels)} labels")
+        if not torch.isfinite(features[name]).all():
+            raise ValueError(f"{name}: there is a NaN or an infinity in the maps")
     parameters = [p for head in heads.values() for p in head.train().parameters()]
     stepper: torch.optim.Optimizer = (
         torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)

@@ -6,11 +6,16 @@ enough for a laptop.
 
 import math
 import os
+import struct
 from collections.abc import Sequence
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# What torch.load raises for files that are none of its own.
+_NO_CHECKPOINT = (UnpicklingError, RuntimeError, EOFError, struct.error, KeyError, IndexError)
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -122,6 +127,10 @@ class UNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if min(in_chans, width, depth, head_width) < 1 or not multipliers:
+            raise ValueError(
+                "channels, width, depth and head_width must be at least 1, and one multiplier is needed"
+            )
         self.in_chans, self.out_chans, self.width = in_chans, out_chans or in_chans, width
         self.reduction = 2 ** (len(multipliers) - 1)
         emb = 4 * width
@@ -209,7 +218,12 @@ def load_adm(path: str | os.PathLike[str], model: UNet | None = None) -> UNet:
 
         state = load_file(path)
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except _NO_CHECKPOINT as error:
+            raise ValueError(f"{path} is no checkpoint of weights alone ({type(error).__name__})") from error
+        if not isinstance(state, dict):
+            raise ValueError(f"{path} holds {type(state).__name__}, no weights by name")
     fresh = model is None
     if model is None:
         with torch.device("meta"):  # two gigabytes need not be drawn to be overwritten

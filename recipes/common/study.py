@@ -124,7 +124,16 @@ def about(settings: StudySettings) -> list[str]:
         smoke = (
             ["diabetes is a smoke test of the recipe and no evidence"] if settings.data == "diabetes" else []
         )
-        return [f"{table}, digest {table.digest}", *smoke]
+        for name, column in zip(table.targets, table.y.T, strict=True):
+            if column.min() == column.max():
+                raise UserError(f"--target {name}: it is {column[0]:g} in every row")
+        same = [
+            name
+            for name, column in zip(table.columns, table.x.T, strict=True)
+            if column.min() == column.max()
+        ]
+        constant = [f"constant inputs, which tell nothing: {', '.join(same)}"] if same else []
+        return [f"{table}, digest {table.digest}", *constant, *smoke]
     if settings.splits != 1:
         raise UserError("--splits is of tables; images are split as they lie, see --seeds")
     return keep_few(find_data(settings), settings.labels, settings.seed).notes

@@ -518,6 +518,13 @@ def test_samples_come_back(tmp_path: Path) -> None:
     x = randn(5, 3)
     assert torch.equal(loaded.predict(chains.prior, x), found.predict(chains.prior, x))
     assert loaded.predict(chains.prior, x).shape == (24, 5, 1)
+    (tmp_path / "junk").write_bytes(b"junk and more junk")
+    with pytest.raises(ValueError, match="has no posterior samples in it"):
+        PosteriorSamples.load(tmp_path / "junk")
+    with pytest.raises(TypeError, match="a kernel of gpytorch's is needed, not NoneType"):
+        GPTarget(None)
+    with pytest.raises(TypeError, match="a glob over parameter names is needed, not list"):
+        FunctionalPrior(mlp(), {"a": ["0.weight"]})  # type: ignore[dict-item]
     with pytest.raises(FileNotFoundError, match="no posterior samples at"):
         PosteriorSamples.load(tmp_path / "nothing")
 
@@ -567,6 +574,20 @@ def test_what_cannot_be_is_one_line() -> None:
     state = chains.state_dict()
     bad: list[tuple[Any, str]] = [
         (lambda: chains.run(0), "draws must be at least 1"),
+        (lambda: GPTarget(gpytorch.kernels.RBFKernel(), outputs=0), "outputs must be at least 1"),
+        (
+            lambda: SGHMC(chains.prior, gaussian_loglik(1.0), chains.x, chains.targets * torch.nan),
+            "a NaN or an infinity in the targets",
+        ),
+        (
+            lambda: map_estimate(chains.prior, gaussian_loglik(1.0), chains.x, chains.targets * torch.nan),
+            "a NaN or an infinity in the data",
+        ),
+        (lambda: softmax_loglik(torch.ones(4, 3), torch.ones(4)), "class indices"),
+        (
+            lambda: chains.prior.evaluate({"weight": torch.ones(2, 1, 4)}, torch.ones(5, 3)),
+            "weight is",
+        ),
         (lambda: sampler(chains=3)[0].load_state_dict(state), "the state is of 2 x 3 chains and parameters"),
         (lambda: chains.prior.log_prob({"weight": torch.ones(4, 1, 3)}), "weight is"),
         (

@@ -76,6 +76,14 @@ def test_the_grid_finds_the_cell_that_tells() -> None:
     assert same.accuracy[1] == float(right)
     with pytest.raises(ValueError, match="validation images"):
         ridge_grid(train, labels)
+    for maps, y, other, said in (
+        (train, labels[:9], (val, more), "60 maps for 9 labels"),
+        (train, labels, ({}, more), "is not among the other images' cells"),
+        (train, labels, (val, more + 5), "class 5 is judged and not learnt"),
+        ({cell: maps * torch.nan for cell, maps in train.items()}, labels, (val, more), "not finite"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ridge_grid(maps, y, other)
 
 
 def test_a_constant_feature_is_no_trouble() -> None:
@@ -136,7 +144,11 @@ def test_wrong_heads() -> None:
         fit_heads({}, train, labels)
     with pytest.raises(ValueError, match="60 maps and 5 labels"):
         fit_heads({CELLS[0]: make_head("linear", 4, 2, 3)}, train, labels[:5])
-    with pytest.raises(FloatingPointError, match="t=20, a, pool 2: the loss is nan"):
+    with pytest.raises(ValueError, match="steps and batch_size must be at least 1"):
+        fit_heads({CELLS[0]: make_head("linear", 4, 2, 3)}, train, labels, steps=0)
+    with pytest.raises(FloatingPointError, match="t=20, a, pool 2: the loss is"):
+        fit_heads({CELLS[0]: make_head("linear", 4, 2, 3)}, train, labels, lr=1e30, optimizer="sgd")
+    with pytest.raises(ValueError, match="t=20, a, pool 2: there is a NaN"):
         fit_heads({CELLS[0]: make_head("linear", 4, 2, 3)}, {CELLS[0]: train[CELLS[0]] * torch.nan}, labels)
 
 
@@ -152,6 +164,8 @@ def test_cka() -> None:
     a, b = (each.double() - each.double().mean(0) for each in (wide, wide[:, :150] ** 2))
     by_hand = (a.T @ b).norm() ** 2 / ((a.T @ a).norm() * (b.T @ b).norm())
     assert linear_cka(wide, wide[:, :150] ** 2) == pytest.approx(float(by_hand))
+    with pytest.raises(ValueError, match="the same for all images"):
+        linear_cka(x, torch.ones(50, 3))
     with pytest.raises(ValueError, match="50 and 20 images"):
         linear_cka(x, wide)
 
@@ -192,6 +206,8 @@ def test_writing_goes_on_where_it_was(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_features(tmp_path / "cut", features, cut(), 7)
+    with pytest.raises(ValueError, match="has 6 of 7 images: write_features goes on"):
+        FeatureCache(tmp_path / "cut", features)
     first = tmp_path / "cut" / "00000.safetensors"
     before = first.stat().st_mtime_ns
     write_features(tmp_path / "cut", features, batches(x), 7)
@@ -216,10 +232,10 @@ def test_another_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(FileExistsError, match="another dtype"):
         write_features(tmp_path, features, batches(x), 7, dtype=torch.float32)
     with pytest.raises(ValueError, match="9 images were announced and 7 came"):
-        write_features(tmp_path, features, batches(x), 9)
+        write_features(tmp_path / "nine", features, batches(x), 9)
     with pytest.raises(FileNotFoundError, match="no cached features in"):
         FeatureCache(tmp_path / "nowhere")
-    last = sorted(tmp_path.iterdir())[-1]
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
     last.write_bytes(last.read_bytes()[:-10])
     with pytest.raises(ValueError, match="is damaged"):
         FeatureCache(tmp_path)
@@ -314,6 +330,14 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=said) as error:
             load_adm(tmp_path / "net.pt", other)
         assert "\n" not in str(error.value)
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name, said in (
+        ("junk", "is no checkpoint of weights alone"),
+        ("list", "holds list, no weights by name"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_adm(tmp_path / f"{name}.pt")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_adm(tmp_path / "nothing.pt")
 

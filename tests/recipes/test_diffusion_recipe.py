@@ -22,7 +22,8 @@ from leaven.pretext.diffusion import UNet
 def tiny(in_chans=3):
     return UNet(in_chans, width=16, multipliers=(1, 2), attention=(), head_width=16)
 """
-FLAGS = ["--backbone", "tiny_net:tiny", "--image-size", "8", "--workers", "0", "--in-chans", "1"]
+NET = ["--backbone", "tiny_net:tiny"]
+FLAGS = ["--image-size", "8", "--workers", "0", "--in-chans", "1"]
 QUICK = [*FLAGS, "--timesteps", "20", "--pool", "1,2", "--probe-images", "300"]
 
 
@@ -40,7 +41,9 @@ def results(folder: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_it_trains_and_its_weights_are_read_again(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     module = recipe(DIFFUSION)
-    module.main([*QUICK, "--epochs", "4", "--output-dir", "out", "--head", "linear", "--head-steps", "300"])
+    module.main(
+        [*NET, *QUICK, "--epochs", "4", "--output-dir", "out", "--head", "linear", "--head-steps", "300"]
+    )
     said = capsys.readouterr().out
     assert "digits are a smoke test" in said
     assert "the cell chosen on 60 more" in said
@@ -60,7 +63,7 @@ def test_it_trains_and_its_weights_are_read_again(recipe: Recipe, capsys: pytest
 
 @pytest.mark.slow
 def test_resume_is_exact(recipe: Recipe) -> None:
-    module, flags = recipe(DIFFUSION), [*FLAGS, "--no-grid", "--epochs", "2", "--limit-batches", "3"]
+    module, flags = recipe(DIFFUSION), [*NET, *FLAGS, "--no-grid", "--epochs", "2", "--limit-batches", "3"]
     module.main([*flags, "--output-dir", "whole", "--save-every", "1"])
     module.main([*flags, "--output-dir", "cut", "--save-every", "1"])
     (last,) = Path("cut/checkpoints").glob("update-*6.pt")
@@ -76,7 +79,7 @@ def test_few_labels_and_no_labels(recipe: Recipe, capsys: pytest.CaptureFixture[
     from PIL import Image
 
     module = recipe(DIFFUSION)
-    quick = [*QUICK, "--epochs", "1", "--limit-batches", "2"]
+    quick = [*NET, *QUICK, "--epochs", "1", "--limit-batches", "2"]
     module.main([*quick, "--labels", "5", "--output-dir", "few"])
     assert "probes: 40 labels, the cell chosen on 10 more" in capsys.readouterr().out
     Path("images").mkdir()
@@ -87,7 +90,7 @@ def test_few_labels_and_no_labels(recipe: Recipe, capsys: pytest.CaptureFixture[
 
 
 def test_the_dry_run(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe(DIFFUSION).main([*QUICK, "--dry-run"])
+    recipe(DIFFUSION).main([*NET, *QUICK, "--dry-run"])
     assert "all works here" in capsys.readouterr().out
 
 
@@ -102,6 +105,8 @@ def test_the_dry_run(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None
         (["--model", "other.pt"], "time_embed.0.weight is (128, 32), and (1024, 256) is needed"),
         (["--ema-decay", "1"], "--ema-decay must be at least 0 and below 1"),
         (["--draws", "0"], "--draws must be at least 1"),
+        (["--model", "out", "--no-grid"], "leave --no-grid and --dry-run out"),
+        (["--model", "out", "--lr", "3"], "--lr is of training: leave it out with --model"),
         (["--image-size", "9"], "images of 9x9 pixels: both sides must be multiples of 2"),
         pytest.param(*(["--labels", "5000"], "training images only"), marks=pytest.mark.slow),
     ],
@@ -111,9 +116,11 @@ def test_wrong_flags(
 ) -> None:
     torch.save(UNet(1, width=32, multipliers=(1,)).state_dict(), "other.pt")
     module = recipe(DIFFUSION)
+    training = [] if "--model" in flags else [*NET, "--epochs", "1", "--limit-batches", "1"]
     with pytest.raises(SystemExit) as stopped:
-        run_main(lambda: module.main([*QUICK, "--epochs", "1", "--limit-batches", "1", *flags]))
+        run_main(lambda: module.main([*QUICK, *training, *flags]))
     assert stopped.value.code == 2
+    assert not list(Path().glob("runs/*/metrics.jsonl"))  # nothing was trained first
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(said) == 1
     assert message in said[0]
