@@ -7,8 +7,8 @@
 Arms, 300 candidates each, fixed beforehand: evolution from random graphs, evolution that begins with EvoNorm-S0,
 random graphs alone; three seeds; CIFAR at 16 px, judged on a fifth of the training images; the S series. Then the best
 of every search is trained again, longer, with three seeds, on the held-out images, beside BatchNorm with ReLU and the
-published layers (recipes/evonorm_search.py --rerank). Cost: compiled genomes beside timm's classes of the same formula, and free
-checks a second, on one thread. What the best is worth in backbones that no search has seen is not in here yet.
+published layers (recipes/evonorm_search.py --rerank). Cost: compiled genomes beside timm's classes of the same formula,
+and free checks a second, on one thread. What the best is worth in backbones that no search has seen is not in here yet.
 """
 
 import argparse
