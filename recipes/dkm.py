@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leaven.bayes import DeepKernelMachine, calibration, reliability_plot
 from leaven.bayes.calibration import auroc
-from leaven.bayes.deep_kernel_machine import fit, normalised
-from leaven.recipes.common.data import KeyedLoader
+from leaven.bayes.deep_kernel_machine import fit
 from leaven.recipes.common.flags import UserError, flag, parse, run_main
-from leaven.recipes.common.probes import labelled_features
-from leaven.recipes.common.study import StudySettings, conduct, share_threads
+from leaven.recipes.common.study import StudySettings, conduct, features, share_threads
 from leaven.recipes.common.tables import Scale, open_table
 
 
@@ -119,12 +117,6 @@ def on_table(settings: DKMSettings, folder: str, split: int, seed: int) -> dict[
     errors = (prediction.mean - truth) * targets.std
     nll = -prediction.log_prob(truth).mean() + targets.std.log().sum()
     return {"rmse": float(errors.square().mean().sqrt()), "nll": float(nll), "nu": nu}
-
-
-def features(backbone: nn.Module, loader: KeyedLoader) -> tuple[Tensor, Tensor]:
-    """Of mean square 1, and labels."""
-    x, y = labelled_features(backbone, loader)
-    return normalised(x), y
 
 
 def on_features(settings: DKMSettings, folder: str, split: int, seed: int) -> dict[str, Any]:

@@ -34,9 +34,8 @@ from leaven.recipes.common.batches import CALIBRATION_IMAGES, EVALUATION_BATCH, 
 from leaven.recipes.common.data import KeyedLoader
 from leaven.recipes.common.flags import UserError, flag, parse, run_main
 from leaven.recipes.common.plots import band, curves, histograms
-from leaven.recipes.common.probes import labelled_features
 from leaven.recipes.common.run_folder import writing
-from leaven.recipes.common.study import StudySettings, conduct, share_threads
+from leaven.recipes.common.study import StudySettings, conduct, features, share_threads
 from leaven.recipes.common.tables import Scale, open_table
 
 DRAWN = 20  # functions in a picture
@@ -256,12 +255,6 @@ def keyed(seed: int) -> torch.Generator:
 def drawn(prior: FunctionalPrior, x: Tensor, n: int = DRAWN, chunk_size: int | None = None) -> Tensor:
     """Values (n, B, outputs) of a few functions, the same noise before and after matching."""
     return prior.functions(x, n, keyed(0), chunk_size)
-
-
-def features(backbone: nn.Module, loader: KeyedLoader) -> tuple[Tensor, Tensor]:
-    """Of mean square 1, and labels."""
-    x, y = labelled_features(backbone, loader)
-    return normalised(x), y
 
 
 def pixels(backbone: nn.Module, loader: KeyedLoader) -> tuple[Tensor, Tensor]:

@@ -19,13 +19,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from leaven.bayes.deep_kernel_machine import normalised
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import command
 from leaven.recipes.common.data import KeyedLoader
 from leaven.recipes.common.few_labels import keep_few
 from leaven.recipes.common.flags import ImageSettings, UserError, flag, to_yaml
 from leaven.recipes.common.launcher import set_threads
-from leaven.recipes.common.probes import recalibrate
+from leaven.recipes.common.probes import labelled_features, recalibrate
 from leaven.recipes.common.run_folder import RunFolder, open_run, writing
 from leaven.recipes.common.signals import exit_code
 from leaven.recipes.common.tables import open_table
@@ -198,6 +199,12 @@ def collect(settings: StudySettings, cache: Path, what: Inputs) -> None:
     with writing(cache):
         torch.save(found, temporary)
         temporary.replace(cache)
+
+
+def features(backbone: nn.Module, loader: KeyedLoader) -> tuple[Tensor, Tensor]:
+    """Of mean square 1, and labels."""
+    x, y = labelled_features(backbone, loader)
+    return normalised(x), y
 
 
 def report(outcomes: dict[str, Outcome], run: RunFolder, notes: list[str]) -> None:

@@ -6,13 +6,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from leaven.recipes.common.flags import run_main
+
+
+def refusal(main: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a recipe ends with, as `python recipes/...` would, with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main)
+    assert stopped.value.code == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    return said
+
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parent / "tiny_run.py"

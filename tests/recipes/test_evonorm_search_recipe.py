@@ -10,11 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from recipe_programs import LAYERS, start
+from recipe_programs import LAYERS, refusal, start
 
 from leaven.callbacks import EvoNorm
 from leaven.callbacks.evonorm import Genome
-from leaven.recipes.common.flags import run_main
 
 Recipe = Callable[[Path], ModuleType]
 QUICK = [
@@ -121,9 +120,4 @@ def test_wrong_flags(
 ) -> None:
     Path("bad.json").write_text("[]")
     module = recipe(LAYERS)
-    with pytest.raises(SystemExit) as stopped:
-        run_main(lambda: module.main([*QUICK, *flags]))
-    assert stopped.value.code == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(said) == 1
-    assert message in said[0]
+    assert message in refusal(lambda: module.main([*QUICK, *flags]), capsys)
