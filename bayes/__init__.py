@@ -5,12 +5,13 @@ Gaussian process, and their posterior; scores of calibration.
 """
 
 from leaven.bayes.calibration import Calibration, auroc, calibration, reliability_plot
-from leaven.bayes.deep_kernel_machine import DeepKernelMachine, DKMHead
+from leaven.bayes.deep_kernel_machine import ConvolutionalDKM, DeepKernelMachine, DKMHead
 from leaven.bayes.functional_prior import SGHMC, FunctionalPrior, GPTarget, PosteriorSamples, fit_prior
 
 __all__ = [
     "SGHMC",
     "Calibration",
+    "ConvolutionalDKM",
     "DKMHead",
     "DeepKernelMachine",
     "FunctionalPrior",

@@ -1,5 +1,12 @@
 """Deep kernel machines (Yang et al. 2023): Gram matrices that are learnt in place of features."""
 
+from leaven.bayes.deep_kernel_machine.convolutional import (
+    ConvolutionalDKM,
+    mean_over_positions,
+    mix,
+    patch_grams,
+    unit_norm,
+)
 from leaven.bayes.deep_kernel_machine.fit import fit
 from leaven.bayes.deep_kernel_machine.grams import (
     Grams,
@@ -25,6 +32,7 @@ from leaven.bayes.deep_kernel_machine.prediction import Prediction
 
 __all__ = [
     "KERNELS",
+    "ConvolutionalDKM",
     "DKMHead",
     "DeepKernelMachine",
     "GramKernel",
@@ -37,10 +45,14 @@ __all__ = [
     "input_grams",
     "kernel_step",
     "linear_kernel",
+    "mean_over_positions",
+    "mix",
     "norm_gauss_kernel",
     "normalised",
+    "patch_grams",
     "rbf_kernel",
     "taylor_kl",
+    "unit_norm",
     "whitened_kl",
     "wishart_root",
 ]

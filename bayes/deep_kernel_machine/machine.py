@@ -141,10 +141,9 @@ class DeepKernelMachine(nn.Module):
             raise ValueError(f"a deep kernel machine in {self.inducing.dtype} is no use: call .float()")
         if not self.initialised:
             raise RuntimeError("no inducing points yet: call init_inducing first, or load weights")
-        if x.ndim != 2 or x.shape[1] != self.inducing.shape[1]:
-            raise ValueError(f"inputs (B, {self.inducing.shape[1]}) are needed, not {tuple(x.shape)}")
+        self._check(x)
         with torch.autocast(x.device.type, enabled=False):
-            kernel = self._kernel(self._layers(x)[-1], self.depth - 1)
+            kernel = self._readout(self._layers(x)[-1])
             chol = _cholesky(kernel.ii)
             a = torch.linalg.solve_triangular(chol, kernel.ti.mT, upper=False)
             seen = _triangular(self.root.double()).mT @ a
@@ -204,12 +203,20 @@ class DeepKernelMachine(nn.Module):
     @torch.no_grad()
     def gram(self, layer: int) -> Tensor:
         """The Gram matrix (P, P) of the inducing points after so many layers; 0: of the inputs."""
-        return self._layers(self.inducing[:0])[layer].ii
+        return self._layers(self._nothing())[layer].ii
 
     @torch.no_grad()
     def condition_number(self, layer: int) -> float:
         """Of the kernel that follows `gram(layer)`, jitter included; beyond 1e12 nothing can be trusted."""
-        return float(torch.linalg.cond(self._kernel(self._layers(self.inducing[:0])[layer], layer).ii))
+        return float(torch.linalg.cond(self._kernel(self._layers(self._nothing())[layer], layer).ii))
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 2 or x.shape[1] != self.inducing.shape[1]:
+            raise ValueError(f"inputs (B, {self.inducing.shape[1]}) are needed, not {tuple(x.shape)}")
+
+    def _nothing(self) -> Tensor:
+        """A batch without points."""
+        return self.inducing[:0]
 
     def _layers(self, x: Tensor) -> list[Grams]:
         """Gram matrices of the inputs, and after each learnt layer."""
@@ -218,18 +225,24 @@ class DeepKernelMachine(nn.Module):
             scale = self.log_input_scale.double().exp()
             inducing, x = inducing * scale, x * scale
         layers = [input_grams(inducing, x)]
-        for layer, nu in enumerate(self.nu):
-            kernel = self._kernel(layers[-1], layer)
-            if math.isinf(nu) and self.skr is None:
-                layers.append(kernel)
-                continue
-            root, floor = _triangular(self.roots[layer].double()), 0.0
-            if self.skr is not None:
-                floor = FLOOR
-                if self.training:
-                    root = wishart_root(root, self.skr)
-            layers.append(gram_step(kernel, _cholesky(kernel.ii), root, floor))
+        for layer in range(len(self.nu)):
+            layers.append(self._learnt(self._kernel(layers[-1], layer), layer))
         return layers
+
+    def _learnt(self, kernel: Grams, layer: int) -> Grams:
+        """The learnt Gram matrices of a layer, from the kernel that it is held to."""
+        if math.isinf(self.nu[layer]) and self.skr is None:
+            return kernel
+        root, floor = _triangular(self.roots[layer].double()), 0.0
+        if self.skr is not None:
+            floor = FLOOR
+            if self.training:
+                root = wishart_root(root, self.skr)
+        return gram_step(kernel, _cholesky(kernel.ii), root, floor)
+
+    def _readout(self, grams: Grams) -> Grams:
+        """The kernel of the outputs, from the last Gram matrices."""
+        return self._kernel(grams, self.depth - 1)
 
     def _kernel(self, grams: Grams, layer: int) -> Grams:
         if self.log_lengthscale is not None:
