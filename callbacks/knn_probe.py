@@ -1,5 +1,6 @@
 """An online kNN probe: how good are the backbone's features by now?"""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,8 @@ class KNNProbe(Callback):
         every: updates between two measurements.
         k: neighbours that vote.
         temperature: of the votes, in units of cosine similarity.
+        recalibrate: measure a copy whose BatchNorm statistics are taken anew from the bank. Those of masked or turned
+            training images are off on whole, upright ones.
         name: of the callback, and the first word of the logged value; for a second probe beside the first.
 
     Attributes:
@@ -40,6 +43,7 @@ class KNNProbe(Callback):
         every: int,
         k: int = 20,
         temperature: float = 0.07,
+        recalibrate: bool = False,
         name: str = "knn",
     ) -> None:
         if every < 1:
@@ -49,7 +53,7 @@ class KNNProbe(Callback):
                 raise ValueError(f"{part}: {len(images)} images, but {len(labels)} labels")
         self.train, self.test = train, test
         self.every, self.k, self.temperature = every, k, temperature
-        self.name = name
+        self.recalibrate, self.name = recalibrate, name
         self.history: list[tuple[int, float]] = []
 
     def setup(
@@ -64,9 +68,14 @@ class KNNProbe(Callback):
 
     def measure(self) -> float:
         """The accuracy now, in [0, 1]; not added to `history`."""
-        from leaven.pretext.evaluation import extract_features, knn
+        from leaven.pretext.evaluation import knn
+        from leaven.pretext.features import extract_features, recalibrate_batchnorm
 
-        bank, queries = (extract_features(self._backbone, images) for images, _ in (self.train, self.test))
+        backbone = self._backbone
+        if self.recalibrate:
+            backbone = copy.deepcopy(backbone)
+            recalibrate_batchnorm(backbone, self.train[0])
+        bank, queries = (extract_features(backbone, images) for images, _ in (self.train, self.test))
         return knn(bank, self.train[1], queries, self.test[1], k=self.k, temperature=self.temperature)
 
     def logs(self) -> dict[str, float]:

@@ -20,20 +20,21 @@ from leaven.pretext import Output, RotNet, cue_audit, probe_stages, recalibrate_
 from leaven.pretext.features import device_of, eval_mode
 from leaven.recipes.common.batches import CALIBRATION_IMAGES, Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
-from leaven.recipes.common.curriculum import CurriculumSettings, follow
+from leaven.recipes.common.curriculum import follow
 from leaven.recipes.common.data import Data
 from leaven.recipes.common.dry_run import dry_run
 from leaven.recipes.common.flags import UserError, flag, run_main
 from leaven.recipes.common.loop import fit
 from leaven.recipes.common.optimizer import make_optimizer
 from leaven.recipes.common.plots import bars, loss_curve
+from leaven.recipes.common.pretraining import PretrainSettings, observers, save_all
 from leaven.recipes.common.probes import labelled, probe, recalibrate, unfit
 from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import leave_group, read_settings, start, synchronised
 
 
 @dataclass
-class RotNetSettings(CurriculumSettings):
+class RotNetSettings(PretrainSettings):
     """RotNet: predict by which quarter turn an image was rotated. A batch is turned in all four ways."""
 
     epochs: int = 10
@@ -47,7 +48,7 @@ class RotNetSettings(CurriculumSettings):
     probe_images: int = flag(2000, "images at most, of each part, to measure on")
     probe_width: int = flag(1024, "numbers per image that the probe of each stage reads")
 
-    FREE = CurriculumSettings.FREE | {"probe_images", "probe_width"}
+    FREE = PretrainSettings.FREE | {"probe_width"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the flags and train."""
     settings = read_settings(RotNetSettings, argv)
     if settings.dry_run:
-        return dry_run(train, settings)
+        return dry_run(train, settings, classes=2 if "knn" in settings.callbacks else 0)
     train(settings, find_data(settings))
 
 
@@ -92,19 +93,21 @@ def train(settings: RotNetSettings, data: Data) -> None:
         output: Output = model(to_pixels(batch[0]), generator)
         return output
 
+    average, watching = observers(settings, images, plan)
     with user_errors(AttachError):
-        observers = [] if curriculum is None else [curriculum]
-        callbacks = attach(objective, optimizer, *observers, total_steps=plan.total)
+        acting = [] if curriculum is None else [curriculum]
+        callbacks = attach(objective, optimizer, *acting, *watching, total_steps=plan.total)
     with callbacks:
         fit(accelerator, objective, optimizer, loader, forward, plan, settings, run, callbacks)
     if not leave_group(accelerator):
         return
 
     accuracy = held_out_accuracy(rotnet, images, settings.probe_images)
-    backbones = {"untrained backbone": untrained, "trained backbone": rotnet.backbone}
+    backbones: dict[str, Any] = {"untrained backbone": untrained, "trained backbone": rotnet.backbone}
+    if average is not None:
+        backbones["averaged backbone"] = average.module.backbone
     lines = recalibrate(backbones, images)  # on upright images, as a user of the weights has them
-    with user_errors(OSError):
-        objective.export(run.backbone, name=settings.backbone, **images.notes)
+    save_all(backbones, run, settings.backbone, {"method": "RotNet", **images.notes})
     lines.append(f"held-out rotation accuracy: {accuracy:.2%} of all four turns (chance 25.00%)")
     if accuracy < 0.3:
         lines.append(

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from leaven.backbones import resolve, save
+from leaven.backbones import resolve
 from leaven.callbacks import AttachError, attach
 from leaven.pretext import Output
 from leaven.pretext.spark import SparK, sample_mask
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
-from leaven.recipes.common.curriculum import CurriculumSettings, follow
+from leaven.recipes.common.curriculum import follow
 from leaven.recipes.common.data import Data
 from leaven.recipes.common.dry_run import dry_run
 from leaven.recipes.common.flags import UserError, flag, run_main
@@ -27,13 +27,14 @@ from leaven.recipes.common.loop import fit
 from leaven.recipes.common.masked import describe, draw_reconstructions, held_out_loss, judge
 from leaven.recipes.common.optimizer import make_optimizer
 from leaven.recipes.common.plots import loss_curve
+from leaven.recipes.common.pretraining import PretrainSettings, observers, save_all
 from leaven.recipes.common.probes import probe, recalibrate
 from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import leave_group, read_settings, start, synchronised
 
 
 @dataclass
-class SparkSettings(CurriculumSettings):
+class SparkSettings(PretrainSettings):
     """SparK: masked pre-training of a convolutional backbone. Defaults suit small data; see --preset."""
 
     epochs: int = 10
@@ -51,9 +52,6 @@ class SparkSettings(CurriculumSettings):
     backend: Literal["auto", "packed", "dense", "spconv"] = flag("auto", "how the sparse encoder computes")
     drop_path: float | None = flag(None, "stochastic depth of the backbone")
     crop_scale: tuple[float, float] = flag((0.67, 1.0), "share of the area that a random crop takes")
-    probe_images: int = flag(5000, "labelled images at most, of each part, for kNN and linear probe")
-
-    FREE = CurriculumSettings.FREE | {"probe_images"}
 
 
 # The settings of the authors' code (keyu-tian/SparK), the same for every network but for drop path and betas.
@@ -81,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the flags and train."""
     settings = read_settings(SparkSettings, argv, PRESETS)
     if settings.dry_run:
-        return dry_run(train, settings)
+        return dry_run(train, settings, classes=2 if "knn" in settings.callbacks else 0)
     train(settings, find_data(settings))
 
 
@@ -125,19 +123,21 @@ def train(settings: SparkSettings, data: Data) -> None:
         output: Output = model(pixels, mask=mask.to(pixels.device))
         return output
 
+    average, watching = observers(settings, images, plan)
     with user_errors(AttachError):
-        observers = [] if curriculum is None else [curriculum]
-        callbacks = attach(spark, optimizer, *observers, total_steps=plan.total)
+        acting = [] if curriculum is None else [curriculum]
+        callbacks = attach(spark, optimizer, *acting, *watching, total_steps=plan.total)
     with callbacks:
         fit(accelerator, spark, optimizer, loader, forward, plan, settings, run, callbacks)
     if not leave_group(accelerator):
         return
 
     judged = judge(spark, images)  # a copy, under masks as in training
-    backbones = {"untrained backbone": untrained, "trained backbone": spark.backbone}
-    lines, notes = recalibrate(backbones, images), {"method": "SparK", **images.notes}
-    with user_errors(OSError):
-        save(spark.backbone, run.backbone, name=settings.backbone, metadata=notes)
+    backbones: dict[str, Any] = {"untrained backbone": untrained, "trained backbone": spark.backbone}
+    if average is not None:
+        backbones["averaged backbone"] = average.module.backbone
+    lines = recalibrate(backbones, images)
+    save_all(backbones, run, settings.backbone, {"method": "SparK", **images.notes})
     after = held_out_loss(judged, images, settings.probe_images)
     print(f"held-out masked loss: {before:.4f} before training, {after:.4f} after")
     level = 1.0, "each patch predicted as its mean"  # the target has variance one

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from leaven.backbones import layer_groups, resolve
-from leaven.callbacks import EMA, AttachError, EvoNorm, TrAct, attach, evo_norm, replace_norm_act
+from leaven.callbacks import AttachError, EvoNorm, TrAct, attach, evo_norm, replace_norm_act
 from leaven.pretext import Output, Supervised
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
@@ -73,13 +73,10 @@ class TrainSettings(CurriculumSettings):
     mixup: float = flag(0.0, "mixup's alpha; 0: without")
     cutmix: float = flag(0.0, "CutMix's alpha; 0: without. With both, each batch gets one of them")
     aug_repeats: int = flag(1, "repeated augmentation: views of an image in an epoch, of fewer images")
-    model_ema_decay: float | None = flag(None, "decay of the weights' moving average; none: no average")
     tract_lam: float = flag(0.1, "damping of the callback tract")
-    model_ema_warmup: bool = flag(False, "let that decay grow with the updates; for short runs")
-    eval_every: int = flag(1, "epochs between measurements on the held-out images")
     crop_pct: float = flag(0.95, "share of the resized held-out image that the centre crop keeps, per side")
 
-    FREE = CurriculumSettings.FREE | {"eval_every", "crop_pct"}
+    FREE = CurriculumSettings.FREE | {"crop_pct"}
     CALLBACKS = ("efficienttrain", "ema", "tract", *EVONORMS)
 
     @property
@@ -89,10 +86,6 @@ class TrainSettings(CurriculumSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "ema" in self.callbacks and self.model_ema_decay is None:
-            self.model_ema_decay = 0.9999
-        if self.model_ema_warmup and self.model_ema_decay is None:
-            raise UserError("--model-ema-warmup is of an average: add --model-ema-decay or --callbacks ema")
         if not self.tract_lam > 0:
             raise UserError(f"--tract-lam must be greater than 0, got {self.tract_lam}")
         if self.tract_lam != 0.1 and "tract" not in self.callbacks:
@@ -108,7 +101,7 @@ class TrainSettings(CurriculumSettings):
                 raise UserError(f"--{flag_name} must be between {least:g} and {most:g}, got {value}")
 
 
-_RANGES = {name: (0.0, 1.0) for name in ("hflip", "reprob", "smoothing", "layer_decay", "model_ema_decay")}
+_RANGES = {name: (0.0, 1.0) for name in ("hflip", "reprob", "smoothing", "layer_decay")}
 _RANGES |= {"crop_pct": (0.1, 1.0), "mixup": (0.0, math.inf), "cutmix": (0.0, math.inf)}
 _RANGES |= {"eval_every": (1, math.inf), "aug_repeats": (1, math.inf), "labels_seed": (0, math.inf)}
 
@@ -182,11 +175,7 @@ def train(settings: TrainSettings, data: Data, method: Method = SUPERVISED) -> N
     with user_errors(ValueError):
         objective, how = method.objective(settings, backbone, images, accelerator.device)
         mix = mixing(settings.mixup, settings.cutmix, settings.smoothing, classes)
-        ema = (
-            None
-            if settings.model_ema_decay is None
-            else EMA(settings.model_ema_decay, settings.model_ema_warmup)
-        )
+    ema = settings.average()
     if mix is not None and settings.batch_size % 2:
         raise UserError(f"--mixup and --cutmix pair images: --batch-size {settings.batch_size} must be even")
     depths = layer_groups(backbone, size)

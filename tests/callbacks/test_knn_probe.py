@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from leaven.callbacks import KNNProbe, attach
 from leaven.pretext.evaluation import knn
+from leaven.pretext.features import recalibrate_batchnorm
 
 TRAIN, TEST = batch(900, 48), batch(901, 24)
 
@@ -134,3 +135,18 @@ def test_bad_settings_are_refused() -> None:
         KNNProbe(TRAIN, TEST, every=0)
     with pytest.raises(ValueError, match=f"test: {len(TEST[0])} images, but {len(TEST[1]) - 1} labels"):
         KNNProbe(TRAIN, (TEST[0], TEST[1][1:]), every=1)
+
+
+def test_statistics_taken_anew_are_those_of_a_copy() -> None:
+    model, optimizer = pair()
+    probe = KNNProbe(TRAIN, TEST, every=2, k=5, recalibrate=True)
+    attach(model, optimizer, probe, total_steps=9)
+    for seed in range(2):
+        train_step(model, optimizer, seed)
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    found = probe.measure()
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), statistics, strict=True))
+    assert probe.history == [(2, found)]
+    assert recalibrate_batchnorm(model, TRAIN[0]) == 1
+    assert found == by_hand(model, k=5, temperature=0.07)
+    assert any(not torch.equal(a, b) for a, b in zip(model.buffers(), statistics, strict=True))

@@ -1,0 +1,103 @@
+"""Averages and kNN in the recipes that train without labels."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from recipe_programs import ROTNET, SPARK, rows, same_tensors
+from safetensors.torch import load_file
+
+from leaven.recipes.common.flags import UserError
+
+FLAGS = [
+    "--workers", "0", "--epochs", "2", "--limit-batches", "3", "--batch-size", "8", "--image-size", "32",
+    "--backbone", "test_resnet", "--probe-images", "60", "--callbacks", "efficienttrain,ema,knn",
+    "--model-ema-decay", "0.5", "--curriculum", "0.5:16,1:32",
+]  # fmt: skip
+OWN = {SPARK: ["--decoder-width", "16", "--stages", "4,8"], ROTNET: ["--hflip", "0"]}
+
+
+@pytest.fixture
+def run(recipe: Callable[[Path], ModuleType]) -> Callable[..., Path]:
+    """Runs a recipe in this process: its file, run folder, flags -> folder."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    modules: dict[Path, ModuleType] = {}
+
+    def main(program: Path, name: str, *flags: str) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        if program not in modules:
+            modules[program] = recipe(program)
+        modules[program].main([*FLAGS, *OWN[program], "--output-dir", name, *flags])
+        return Path(name)
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "program", [pytest.param(SPARK, id="spark"), pytest.param(ROTNET, id="rotnet", marks=pytest.mark.slow)]
+)
+def test_resume_is_the_uninterrupted_run(
+    program: Path,
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import leaven.recipes.common.loop as loop
+
+    whole = run(program, "whole")
+    said = capsys.readouterr().out
+    assert "averaged backbone: statistics of" in said
+    scores = [row.get("knn_top1") for row in rows(whole)]
+    assert [score is None for score in scores] == [True, True, False, False, False, False]
+    assert len(set(scores[2:5])) == 1
+    plain = loop._gradients
+
+    def gradients(*args: Any) -> Any:
+        if args[4] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_gradients", gradients)
+        with pytest.raises(SystemExit):
+            run(program, "broken")
+    broken = run(program, "broken", "--resume", "auto")
+    assert rows(whole) == rows(broken)
+    for name in ("backbone.safetensors", "backbone-ema.safetensors"):
+        assert same_tensors(load_file(whole / name), load_file(broken / name))
+    own, averaged = (load_file(whole / name) for name in ("backbone.safetensors", "backbone-ema.safetensors"))
+    assert own.keys() == averaged.keys()
+    assert not same_tensors(own, averaged)
+
+
+def test_an_average_without_memory_is_the_network(run: Callable[..., Path]) -> None:
+    folder = run(SPARK, "out", "--model-ema-decay", "0", "--callbacks", "ema", "--curriculum", "et")
+    both = [load_file(folder / name) for name in ("backbone.safetensors", "backbone-ema.safetensors")]
+    assert same_tensors(*both)
+
+
+@pytest.mark.slow
+def test_a_dry_run_has_them_all(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run(SPARK, "out", "--dry-run", "--image-size", "64")
+    assert "weights differ by at most 0 from those without the break" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--callbacks", "ema", "--curriculum", "et", "--eval-every", "2"], "add --callbacks knn"),
+        (["--eval-every", "0"], "--eval-every must be at least 1, got 0"),
+        (["--model-ema-decay", "1.5"], "--model-ema-decay must be between 0 and 1"),
+        (["--probe-images", "1"], "--callbacks knn: 1 labelled training images"),
+        (["--callbacks", "tract", "--curriculum", "et"], "this recipe knows efficienttrain, ema, knn"),
+    ],
+)
+def test_wrong_flags(run: Callable[..., Path], flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(SPARK, "out", *flags)
