@@ -29,6 +29,7 @@ from leaven.callbacks.evonorm import NAMED, Genome, GenomeError, SearchSpace
 from leaven.callbacks.evonorm.checks import FreeChecks
 from leaven.callbacks.evonorm.evolution import AgeingEvolution, Member
 from leaven.callbacks.evonorm.judging import ANCHORS, Budget, judge_file
+from leaven.callbacks.evonorm.nsga2 import NSGA2
 from leaven.callbacks.evonorm.search import search
 from leaven.recipes.common.batches import Images, find_data, user_errors
 from leaven.recipes.common.card import command
@@ -55,7 +56,9 @@ class EvoNormSearchSettings(ImageSettings):
     candidates: int = flag(100, "to judge, in all")
     population: int = flag(20, "members that parents are taken from; older ones leave")
     tournament: float = flag(0.25, "share of the population of which the winner has a child")
-    winner: Literal["pareto", "average"] = flag("pareto", "best in no score surpassed, or on average")
+    winner: Literal["pareto", "average", "nsga2"] = flag(
+        "pareto", "best in no score surpassed, or on average; nsga2: parents by Optuna's NSGA-II instead"
+    )
     start: tuple[str, ...] | None = flag(("evonorm_s0",), "genomes to begin with, by name or JSON file; none")
     random: bool = flag(False, "random search, for comparison")
     anchors: tuple[str, ...] = flag(tuple(ANCHORS), "networks to score with, the hardest first")
@@ -91,6 +94,8 @@ class EvoNormSearchSettings(ImageSettings):
             )
         if self.val_from_train is None and self.rerank is None:
             raise UserError("--val-from-train none: a search must not see the held-out images")
+        if self.random and self.winner == "nsga2":
+            raise UserError("--random has no parents: leave out --winner nsga2")
         if self.time_limit is not None and self.jobs < 2 and self.dask is None:
             raise UserError("--time-limit needs processes of their own: add --jobs 2")
 
@@ -179,10 +184,20 @@ def find(
     space = SearchSpace(settings.series, settings.nodes)
     for genome in starts:
         space.padded(genome)
-    evolution = AgeingEvolution(
-        space, settings.population, settings.tournament, settings.winner,
-        start=starts, accept=FreeChecks(), seed=settings.seed, random_only=settings.random,
-    )  # fmt: skip
+    shared: dict[str, Any] = {"start": starts, "accept": FreeChecks(), "seed": settings.seed}
+    evolution: AgeingEvolution
+    if settings.winner == "nsga2":
+        with user_errors(ImportError):
+            evolution = NSGA2(space, settings.population, scores=len(settings.anchors), **shared)
+    else:
+        evolution = AgeingEvolution(
+            space,
+            settings.population,
+            settings.tournament,
+            settings.winner,
+            random_only=settings.random,
+            **shared,
+        )
     function = partial(
         judge_file, str((run.path / "task.pt").resolve()), classes, budget(settings, classes), settings.anchors,
         settings.jobs, seed=settings.seed,

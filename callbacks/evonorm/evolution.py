@@ -150,9 +150,12 @@ class AgeingEvolution:
         for _ in range(_TRIES):
             genome = draw()
             self.looked_at += 1
-            if genome.key not in self._keys and not (self.accept and self.accept(genome)):
+            if self._fits(genome):
                 return genome
         return None
+
+    def _fits(self, genome: Genome) -> bool:
+        return genome.key not in self._keys and not (self.accept and self.accept(genome))
 
 
 def pareto_front(members: Sequence[Member]) -> list[Member]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -467,6 +468,26 @@ def test_evolution_climbs_what_random_search_does_not(winner: Any) -> None:
         ]
         best[random] = [run.best()[0].mean for run in runs]
     assert sum(best[False]) > sum(best[True]) + 1
+
+
+def test_nsga2_replays_and_is_better_than_random() -> None:
+    pytest.importorskip("optuna", reason='needs Optuna: pip install "leaven[optuna]"')
+    from leaven.callbacks.evonorm.nsga2 import NSGA2
+
+    def found(seed: int) -> NSGA2:
+        start = [Genome.named("evonorm_s0")]
+        return NSGA2(SearchSpace("S", 5), 20, scores=2, start=start, accept=FreeChecks(), seed=seed)
+
+    once, again = (search(found(0), score, 60, round_size=4) for _ in range(2))
+    assert told(once) == told(again)
+    assert once.history[0].candidate.genome.key == Genome.named("evonorm_s0").key
+    keys = [each.candidate.genome.key for each in once.history]
+    assert len(set(keys)) == len(keys)
+    drawn = evolution(random_only=True)
+    assert told(search(found(1), score, 8)) != told(once)[:8]
+    search(drawn, score, 60, round_size=4)
+    medians = [statistics.median(each.mean for each in run.history[20:]) for run in (once, drawn)]
+    assert medians[0] > medians[1]
 
 
 def test_ageing() -> None:

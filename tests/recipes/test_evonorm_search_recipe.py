@@ -112,6 +112,7 @@ def test_processes_and_a_cluster_that_loses_a_worker(recipe: Recipe) -> None:
         (["--rerank", "nowhere"], "no search.json there"),
         (["--val-from-train", "none"], "a search must not see the held-out images"),
         (["--time-limit", "9"], "--time-limit needs processes of their own"),
+        (["--random", "--winner", "nsga2"], "--random has no parents"),
         (["--quality", "0.99"], "none of 8 candidates learnt anything"),
     ],
 )
