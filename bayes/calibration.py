@@ -125,7 +125,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     """
     from sklearn.metrics import roc_auc_score
 
-    scores = torch.cat([inside, outside]).double().cpu()
+    scores = torch.cat([inside, outside]).detach().double().cpu()
     strange = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))])
     return float(roc_auc_score(strange.numpy(), scores.numpy()))
 
