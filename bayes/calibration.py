@@ -131,7 +131,13 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 
 def reliability_plot(scores: Calibration, path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw accuracy over confidence, and below it how many predictions there are, as a PNG."""
+    """Draw accuracy over confidence, and below it how many predictions there are, as a PNG.
+
+    Args:
+        scores: of `calibration`.
+        path: of the file.
+        title: above the picture, before ECE and NLL.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5, 5.5), layout="constrained")
