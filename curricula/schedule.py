@@ -175,8 +175,8 @@ ET = Schedule(
 )
 """EfficientTrain: 160 px for three fifths of the updates, 192 px for one, 224 px for the last.
 
-RandAugment of magnitude 1, 3, 5, 7, 9 in stages of equal length, by the published code; twice the images per batch while
-they are small.
+RandAugment of magnitude 1, 3, 5, 7, 9 in stages of equal length, by the published code; twice the images per batch
+while they are small.
 """
 ET_PP = Schedule(
     (Stage(0.2, 96, 2, 4), Stage(0.6, 160, 2, 2), Stage(1.0, 224)), "compute", tuple(m / 9 for m in range(10))

@@ -217,7 +217,8 @@ def _parser(settings_class: type, presets: Mapping[str, Any]) -> argparse.Argume
     hints = get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         name = f"--{field.name.replace('_', '-')}"
-        text = f"{_help(settings_class, field.name)} (default: {show(field.default, hints[field.name])})".replace("%", "%%")
+        default = show(field.default, hints[field.name])
+        text = f"{_help(settings_class, field.name)} (default: {default})".replace("%", "%%")
         if hints[field.name] is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
