@@ -166,6 +166,19 @@ def test_settings_are_those_of_the_signatures(name: str, paths: list[str], rows:
     assert not any(sources), f"{name} leaves out {sources}"
 
 
+def test_callbacks_act_in_the_order_and_slot_that_the_page_tells() -> None:
+    import leaven.callbacks
+    import leaven.curricula
+
+    rows = re.findall(
+        r"^\| \[?`(\w+)`\S* \| .+ \| (\d+) \| ([\w-]*) ?\| ", PAGES["callbacks.md"], re.MULTILINE
+    )
+    assert len(rows) == 5
+    for name, order, slot in rows:
+        callback = getattr(leaven.callbacks, name, None) or getattr(leaven.curricula, name)
+        assert (callback.order, callback.slot or "") == (int(order), slot), name
+
+
 def numbers_in(value: Any) -> Iterator[float]:
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
