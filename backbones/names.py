@@ -58,6 +58,7 @@ ALIASES: dict[str, str] = {
     "resnext101": "resnext101_32x8d",
     "pvt_v2": "pvt_v2_b0",
 }
+"""Short name, as papers and torchvision have it, to timm's name; see `resolve`."""
 
 
 class UnknownBackbone(ValueError):

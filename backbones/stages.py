@@ -23,6 +23,7 @@ class Stage:
     name: str
     """Path of the module whose output it is."""
     channels: int
+    """C of the map (B, C, h, w)."""
     reduction: int
     """Image side over map side."""
     index: int | None = None

@@ -58,12 +58,18 @@ def save(
         temporary.unlink(missing_ok=True)
 
 
-def load(model_or_name: nn.Module | str, path: str | os.PathLike[str]) -> nn.Module:
+def load(
+    model_or_name: nn.Module | str,
+    path: str | os.PathLike[str],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+) -> nn.Module:
     """Load a file written by `save`, strictly: every key and every shape must agree.
 
     Args:
         model_or_name: a module, which is filled in place, or a name for `create`.
         path: a safetensors file.
+        image_size: for `create`: weights of a network that is built for one size fit that size only.
 
     Returns:
         The module.
@@ -75,7 +81,7 @@ def load(model_or_name: nn.Module | str, path: str | os.PathLike[str]) -> nn.Mod
     state, notes = _read(path)
     if isinstance(model_or_name, str):
         arguments: dict[str, Any] = {key: int(notes[key]) for key in _BUILD_ARGUMENTS if key in notes}
-        model = create(model_or_name, **arguments)
+        model = create(model_or_name, image_size=image_size, **arguments)
         label = model_or_name
     else:
         model, label = model_or_name, type(model_or_name).__name__

@@ -125,13 +125,19 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     """
     from sklearn.metrics import roc_auc_score
 
-    scores = torch.cat([inside, outside]).double().cpu()
+    scores = torch.cat([inside, outside]).detach().double().cpu()
     strange = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))])
     return float(roc_auc_score(strange.numpy(), scores.numpy()))
 
 
 def reliability_plot(scores: Calibration, path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw accuracy over confidence, and below it how many predictions there are, as a PNG."""
+    """Draw accuracy over confidence, and below it how many predictions there are, as a PNG.
+
+    Args:
+        scores: of `calibration`.
+        path: of the file.
+        title: above the picture, before ECE and NLL.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5, 5.5), layout="constrained")

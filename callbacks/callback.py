@@ -146,6 +146,13 @@ def map_images(
     For forward pre-hooks, which should be registered `with_kwargs=True`: HF models are called with
     `model(pixel_values=images)`. The images are the first floating-point tensor with four dimensions.
 
+    Args:
+        function: images to images.
+        args, kwargs: of the forward call.
+
+    Returns:
+        Both, with the images replaced: what such a hook has to return.
+
     Raises:
         TypeError: there is none.
     """

@@ -76,7 +76,7 @@ def attach(
 
 
 class Attached:
-    """Callbacks at work: what `attach` returns. As a context manager it removes them at the end.
+    """Callbacks at work: what `attach` returns, with its arguments. As a context manager it removes them at the end.
 
     Attributes:
         callbacks: in the order in which they act.

@@ -18,8 +18,7 @@ class KNNProbe(Callback):
     training goes on as it would have without the probe. Every process computes the same number.
 
     Args:
-        train: images (N, C, H, W) or a loader of batches, and labels (N,) in the same order: the bank to
-        search.
+        train: images (N, C, H, W) or a loader of batches, and labels (N,) in the same order: the bank to search.
         test: images and labels to classify.
         every: updates between two measurements.
         k: neighbours that vote.

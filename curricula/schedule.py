@@ -170,17 +170,24 @@ def _interpolate(t: float, widths: Sequence[float], heights: Sequence[float]) ->
     return 1.0
 
 
-# Five stages of equal length with RandAugment of magnitude 1, 3, 5, 7, 9, by the published code; twice the images
-# per batch while they are small.
 ET = Schedule(
     (Stage(0.6, 160, 2), Stage(0.8, 192, 2), Stage(1.0, 224)), "steps", tuple(m / 9 for m in (1, 3, 5, 7, 9))
 )
-# Ten stages of equal computation with RandAugment of magnitude 0 to 9.
+"""EfficientTrain: 160 px for three fifths of the updates, 192 px for one, 224 px for the last.
+
+RandAugment of magnitude 1, 3, 5, 7, 9 in stages of equal length, by the published code; twice the images per batch
+while they are small.
+"""
 ET_PP = Schedule(
     (Stage(0.2, 96, 2, 4), Stage(0.6, 160, 2, 2), Stage(1.0, 224)), "compute", tuple(m / 9 for m in range(10))
 )
+"""EfficientTrain++: 96, 160 and 224 px for 20, 40 and 40 % of the computation.
+
+RandAugment of magnitude 0 to 9 in stages of equal computation.
+"""
 ET_PP_DEIT = Schedule(
     (Stage(0.2, 96, 2, 4), Stage(0.6, 160, 2, 2), Stage(0.8, 192, 2), Stage(1.0, 224)),
     "compute",
     ET_PP.strengths,
 )
+"""EfficientTrain++ for DeiT: a stage at 192 px before the last."""

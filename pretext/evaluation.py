@@ -46,7 +46,13 @@ def knn_protocol(
     split: str = "train to held-out",
     crop: str = "whole image, resized",
 ) -> str:
-    """One line that says how a kNN result was obtained."""
+    """One line that says how a kNN result was obtained.
+
+    Args:
+        k, temperature: as given to `knn`.
+        split: which images were searched and which were judged, in words.
+        crop: how images were cut, in words.
+    """
     return (
         f"kNN: k={k}, votes weighted by exp(cosine / {temperature:g}), features L2-normalised, "
         f"norm layers in eval, split: {split}, crop: {crop}, no augmentation"
@@ -54,7 +60,7 @@ def knn_protocol(
 
 
 def linear_protocol(*, split: str = "train to held-out", crop: str = "whole image, resized") -> str:
-    """One line that says how a linear-probe result was obtained."""
+    """One line that says how a linear-probe result was obtained; arguments as in `knn_protocol`."""
     return (
         f"linear probe: logistic regression on frozen features standardised with train statistics, "
         f"L2 from {_L2_GRID[-1]:g} to {_L2_GRID[0]:g} chosen on a held-out fifth of train, refitted on all, "
@@ -63,7 +69,7 @@ def linear_protocol(*, split: str = "train to held-out", crop: str = "whole imag
 
 
 def few_protocol(*, split: str = "train to held-out", crop: str = "whole image, resized") -> str:
-    """One line that says how a result with few labels was obtained."""
+    """One line that says how a result with few labels was obtained; arguments as in `knn_protocol`."""
     return (
         f"few labels: logistic regression on frozen features of the chosen images, standardised with the statistics "
         f"of all training images, L2 {_L2_FEW:g} for the mean loss, norm layers in eval, split: {split}, "
@@ -137,9 +143,9 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 
 def linear_probs(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Tensor:
-    """Class probabilities (M, C) of the probe whose accuracy `linear_probe` gives, float64; see there.
+    """Class probabilities (M, C) of the probe whose accuracy `linear_probe` gives, float64.
 
-    C is one more than the largest label; a class that `train_y` lacks has probability 0.
+    Arguments and errors as there. C is one more than the largest label; a class that `train_y` lacks has probability 0.
     """
     x, y, queries, labels = (t.cpu().numpy() for t in _checked(train_x, train_y, test_x, test_y))
     x, queries = _standardised(x, queries)

@@ -72,7 +72,17 @@ def pooled_maps(
 ) -> list[Tensor]:
     """The maps of `stages`, max-pooled and flattened: one (N, C * s * s) in fp32 on the CPU per stage.
 
-    Arguments and traces left (none): see `probe_stages`.
+    No trace is left, see `probe_stages`.
+
+    Args:
+        backbone: any that has stages.
+        images: normalised (N, C, H, W), or a loader of batches.
+        stages: which, see `leaven.backbones.stages`.
+        pool_to: most numbers per image and stage.
+        batch_size: images per forward pass, when a tensor is given.
+
+    Raises:
+        ValueError: no stages, no images, or a batch size below 1.
     """
     if not stages or batch_size < 1:
         raise ValueError(

@@ -35,7 +35,7 @@ class Grams(NamedTuple):
 
 
 def input_grams(inducing: Tensor, x: Tensor) -> Grams:
-    """X X^T / D of inducing points (P, D) and inputs (T, D)."""
+    """X X^T / D of inducing points (P, D) and inputs `x` (T, D)."""
     width = x.shape[-1]
     return Grams(inducing @ inducing.mT / width, x @ inducing.mT / width, x.square().sum(-1) / width)
 

@@ -105,7 +105,12 @@ class DeepKernelMachine(nn.Module):
         self.register_buffer("initialised", torch.tensor(False))
 
     def init_inducing(self, x: Tensor, how: Literal["kmeans", "random"] = "kmeans", seed: int = 0) -> None:
-        """Take inducing points from data (N, D): centres of clusters, or points drawn.
+        """Take inducing points from data: centres of clusters, or points drawn.
+
+        Args:
+            x: (N, D).
+            how: "kmeans" or "random".
+            seed: of the clusters, or of the draw.
 
         Raises:
             ValueError: fewer different points than inducing ones, or points that are not finite.
@@ -165,7 +170,7 @@ class DeepKernelMachine(nn.Module):
         return self.loss_of(self(x), targets, n_data)
 
     def loss_of(self, prediction: Prediction, targets: Tensor, n_data: int) -> Tensor:
-        """`loss` of functions that are there already."""
+        """`loss` of functions that are there already: the `prediction` of a call; other arguments as in `loss`."""
         loss = self.kl() / n_data - self.expected_log_prob(prediction, targets).mean()
         return loss.to(self.inducing.dtype)
 

@@ -10,11 +10,14 @@ __all__ = ["Critic", "energy_distance", "sliced_distance", "train_critic"]
 
 
 def energy_distance(f: Tensor, g: Tensor) -> Tensor:
-    """2 E|F - G| - E|F - F'| - E|G - G'| of functions (n, M) and (m, M): 0 if, and only if, they are alike.
+    """2 E|F - G| - E|F - F'| - E|G - G'| of two sets of functions: 0 if, and only if, they are alike.
 
     Unbiased, so that it can be negative; needs no critic. The paper of the functional prior does not have it.
 
     Source: Szekely & Rizzo, Energy statistics, 2013.
+
+    Args:
+        f, g: values (n, M) and (m, M) at M inputs, two functions or more of each.
     """
     n, m = len(f), len(g)
     within = torch.cdist(f, f).sum() / (n * (n - 1)) + torch.cdist(g, g).sum() / (m * (m - 1))
@@ -24,11 +27,16 @@ def energy_distance(f: Tensor, g: Tensor) -> Tensor:
 def sliced_distance(
     f: Tensor, g: Tensor, slices: int = 200, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Wasserstein-1 distance of random projections, averaged, of functions (n, M) and (n, M).
+    """Wasserstein-1 distance of random projections, averaged, of two sets of functions.
 
     Scaled so that it gives the Wasserstein-1 distance itself for a shift by any vector, on average over directions.
 
     Source: Bonneel et al., Sliced and Radon Wasserstein barycenters of measures, 2015.
+
+    Args:
+        f, g: values (n, M) at M inputs, as many functions of each.
+        slices: projections.
+        generator: on the device of the values; None takes the global one.
     """
     points = f.shape[1]
     directions = torch.randn(points, slices, generator=generator, dtype=f.dtype, device=f.device)
@@ -48,6 +56,10 @@ class Critic(nn.Module):
     """The function whose difference of means is the Wasserstein-1 distance: M -> 200 -> 200 -> 1, softplus.
 
     Weights are Xavier's, biases standard normal, as in the authors' code.
+
+    Args:
+        points: M, at which functions are compared.
+        width: of both hidden layers.
     """
 
     def __init__(self, points: int, width: int = 200) -> None:

@@ -136,7 +136,12 @@ def table_measure(x: Tensor, points: int = 100, real: float = 0.7, margin: float
 
 
 def image_measure(images: Tensor, points: int = 64) -> Measure:
-    """Inputs for images: so many of them, drawn without replacement from (N, C, H, W)."""
+    """Inputs for images: some of them, drawn without replacement.
+
+    Args:
+        images: (N, C, H, W), or whatever the prior's network takes (N, ...).
+        points: M, at most N.
+    """
 
     def measure(generator: torch.Generator) -> Tensor:
         return images[torch.randperm(len(images), generator=generator, device=images.device)[:points]]

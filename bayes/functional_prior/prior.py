@@ -87,7 +87,12 @@ class FunctionalPrior(nn.Module):
             family.raw.fill_(math.log(math.expm1(1.0)))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
-        """Parameters (n, ...) of n functions, by name, with gradient to the prior's own parameters."""
+        """Parameters (n, ...) of n functions, by name, with gradient to the prior's own parameters.
+
+        Args:
+            n: functions.
+            generator: on the prior's device; None takes the global one.
+        """
         found: Params = {}
         for group, members in self.groups.items():
             values = self.family(group).sample(n, generator)
@@ -119,7 +124,14 @@ class FunctionalPrior(nn.Module):
     def functions(
         self, x: Tensor, n: int, generator: torch.Generator | None = None, chunk_size: int | None = None
     ) -> Tensor:
-        """Values (n, B, ...) of n functions at inputs (B, ...), with gradient to the prior's parameters."""
+        """Values (n, B, ...) of n functions, with gradient to the prior's parameters.
+
+        Args:
+            x: inputs (B, ...).
+            n: functions.
+            generator: see `sample`.
+            chunk_size: see `evaluate`.
+        """
         return self.evaluate(self.sample(n, generator), x, chunk_size)
 
     def evaluate(self, params: Params, x: Tensor, chunk_size: int | None = None) -> Tensor:

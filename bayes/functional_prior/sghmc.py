@@ -51,7 +51,13 @@ class PosteriorSamples:
         return {name: value.flatten(0, 1) for name, value in self.params.items()}
 
     def predict(self, prior: FunctionalPrior, x: Tensor, chunk_size: int | None = None) -> Tensor:
-        """Values (chains * draws, B, ...) at inputs (B, ...)."""
+        """Values (chains * draws, B, ...), without gradient.
+
+        Args:
+            prior: that was sampled under.
+            x: inputs (B, ...).
+            chunk_size: see `FunctionalPrior.evaluate`.
+        """
         with torch.no_grad():
             return prior.evaluate(self.flat(), x, chunk_size)
 
@@ -294,7 +300,14 @@ class SGHMC:
 
 
 def gaussian_loglik(noise: float) -> LogLik:
-    """Of real targets (B, K) with independent noise of this variance, in nats."""
+    """Log likelihood (B,) of real targets (B, K) with independent noise, in nats, as a function of outputs and targets.
+
+    Args:
+        noise: variance.
+
+    Raises:
+        ValueError: it is not greater than 0; on calling, targets of another shape than the outputs.
+    """
 
     if not noise > 0:
         raise ValueError(f"noise must be greater than 0, got {noise}")
@@ -309,7 +322,11 @@ def gaussian_loglik(noise: float) -> LogLik:
 
 
 def softmax_loglik(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Of class indices (B,) given logits (B, K), in nats.
+    """Log likelihood (B,) of class indices given logits, in nats.
+
+    Args:
+        outputs: logits (B, K).
+        targets: class indices (B,).
 
     Raises:
         ValueError: targets that are no integers (B,).

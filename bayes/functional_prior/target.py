@@ -40,7 +40,12 @@ class GPTarget:
 
     @torch.no_grad()
     def sample(self, x: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Values (n, B, outputs) at inputs (B, ...), without observation noise, computed in float64.
+        """Values (n, B, outputs) at inputs, without observation noise, computed in float64.
+
+        Args:
+            x: inputs (B, ...).
+            n: functions.
+            generator: on the device of the inputs; None takes the global one.
 
         Raises:
             ValueError: inputs that are not finite.

@@ -42,7 +42,13 @@ def evo_norm(
 
 
 def evolved_norm(genome: Genome, num_features: int, **kwargs: Any) -> nn.Module:
-    """A genome as a layer; see `leaven.callbacks.evonorm.evolved.EvolvedNormAct2d`."""
+    """A genome as a layer for images (B, num_features, H, W).
+
+    Args:
+        genome: what a search found, or `Genome.named`.
+        num_features: C.
+        **kwargs: see `leaven.callbacks.evonorm.evolved.EvolvedNormAct2d`.
+    """
     from leaven.callbacks.evonorm.evolved import EvolvedNormAct2d  # imports torch.fx
 
     return EvolvedNormAct2d(genome, num_features, **kwargs)

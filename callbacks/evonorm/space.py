@@ -36,7 +36,10 @@ class SearchSpace:
         return Genome(nodes, len(INITIAL) + self.nodes - 1, self.eps)
 
     def mutate(self, genome: Genome, rng: Random) -> Genome:
-        """One node, chosen at random, gets another primitive and other inputs at random, which may be the same."""
+        """A copy of `genome` in which one node, drawn by `rng`, has another primitive and other inputs at random.
+
+        They may happen to be the same.
+        """
         nodes = list(self.padded(genome).nodes)
         at = rng.randrange(len(nodes))
         nodes[at] = self._node(rng, len(INITIAL) + at)

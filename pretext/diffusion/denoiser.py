@@ -39,7 +39,7 @@ class Denoiser(nn.Module):
         return Output(F.mse_loss(found.float(), noise.float()), {})
 
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
-        """The noise in images (B, C, H, W) at times (B,)."""
+        """The noise (B, C, H, W) in images x (B, C, H, W) at times t (B,)."""
         found = self.backbone(x, t)
         found = found if isinstance(found, Tensor) else found[0]
         noise: Tensor = found[:, : x.shape[1]]
@@ -53,6 +53,11 @@ class Denoiser(nn.Module):
 
         Source: Song et al., Denoising Diffusion Implicit Models, ICLR 2021, equation 12 with sigma = 0; what an image
         is guessed to be is kept within [-1, 1].
+
+        Args:
+            shape: (B, C, H, W) of what is drawn.
+            steps: passes of the network.
+            generator: of the CPU; None takes the global one.
         """
         device = next(self.backbone.parameters()).device
         x = torch.randn(shape, generator=generator).to(device)

@@ -94,7 +94,8 @@ def fit_heads(
         heads: trained in place, and left in eval mode.
         features: maps (N, C, k, k) of each.
         labels: (N,) class indices.
-        steps, batch_size, lr, weight_decay: the usual; "sgd" is plain.
+        steps, batch_size, lr, weight_decay: the usual.
+        optimizer: "adamw", or plain "sgd".
         seed: of the batches.
 
     Raises:

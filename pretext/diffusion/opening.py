@@ -97,6 +97,10 @@ def fresh_like(model: nn.Module, seed: int = 0) -> nn.Module:
 
     Networks as ADM begin every residual branch with zeros, so that fresh ones do next to nothing; here every layer is
     drawn by its own default, and parameters that belong to no such layer from N(0, 0.02^2).
+
+    Args:
+        model: left as it is.
+        seed: of the weights; the global random state is left as it was.
     """
     twin = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):

@@ -36,7 +36,7 @@ class Schedule:
         return len(self.alphas_cumprod)
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Images (B, ...) at times t (B,)."""
+        """Images x (B, ...) with standard normal noise (B, ...), at times t (B,): those of DDPM, equation 4."""
         abar = self.alphas_cumprod[t.cpu()].view(-1, *[1] * (x.ndim - 1))
         kept, added = (part.to(device=x.device, dtype=x.dtype) for part in (abar.sqrt(), (1 - abar).sqrt()))
         return kept * x + added * noise

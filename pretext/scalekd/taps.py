@@ -35,6 +35,10 @@ class Tap:
 def two_stages(student: nn.Module, image_size: ImageSize = None) -> tuple[Stage, Stage]:
     """The maps that ScaleKD takes: of the last two reductions; of a vision transformer, after three quarters and all.
 
+    Args:
+        student: any network with feature maps.
+        image_size: of the images, where it insists on one.
+
     Raises:
         NoStages: the network gives fewer than two.
     """
@@ -53,6 +57,11 @@ def find_taps(
     student: nn.Module, stages: tuple[Stage, Stage], image_size: ImageSize = None
 ) -> tuple[Tap, Tap]:
     """Which modules give the maps of `stages` when the student is called: those whose outputs are equal to them.
+
+    Args:
+        student: run once on an image.
+        stages: the two maps.
+        image_size: of the images, where it insists on one.
 
     Raises:
         NoStages: the student does not run, or no module's output is such a map.
@@ -124,6 +133,11 @@ def read(tap: Tap, output: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def tapped(student: nn.Module, taps: tuple[Tap, ...], images: Tensor) -> tuple[Any, list[Tensor]]:
     """What the student returns, and its maps (B, C, h, w) at the taps, in one pass.
+
+    Args:
+        student: called on the images.
+        taps: of `find_taps`.
+        images: (B, C, H, W), normalised.
 
     Raises:
         RuntimeError: a tapped module did not run.

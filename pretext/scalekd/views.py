@@ -46,7 +46,11 @@ def spatial_view_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "
 def frequency_view_loss(student: Tensor, teacher: Tensor, reduction: Reduction = "sum") -> Tensor:
     """`spatial_view_loss` of both maps after `remove_dc`: what varies over space, without the mean that dominates it.
 
-    Arguments, source and errors: see `spatial_view_loss`. On a 1x1 grid the loss is 0, its gradients too.
+    On a 1x1 grid the loss is 0, its gradients too. Source and errors: see `spatial_view_loss`.
+
+    Args:
+        student, teacher: maps (B, C, H, W) of one shape.
+        reduction: see `spatial_view_loss`.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
     return spatial_view_loss(remove_dc(student.to(dtype)), remove_dc(teacher.to(dtype)), reduction)

@@ -26,6 +26,12 @@ def sample_mask(
 
     The draw is made on the CPU whatever the training device, so that a seed means the same mask everywhere.
 
+    Args:
+        batch: images.
+        grid: cells (fh, fw) of an image.
+        ratio: share of cells hidden, in (0, 1), rounded to a whole number of visible cells.
+        generator: of the CPU; None takes the global one.
+
     Raises:
         ValueError: if no cell or every cell would be visible.
     """

@@ -121,7 +121,15 @@ class SparK(nn.Module):
         return Output(loss, {"loss": loss.detach(), "mask_ratio": 1 - geo.keep / (geo.grid[0] * geo.grid[1])})
 
     def encode(self, images: Tensor, mask: Tensor) -> list[Tensor]:
-        """Dense maps (B, C, h, w) of the stages used, largest first, zeros at hidden positions."""
+        """Dense maps (B, C, h, w) of the stages used, largest first, zeros at hidden positions.
+
+        Args:
+            images: (B, C, H, W), normalised; sides must be multiples of ``mask_cell``.
+            mask: bool (B, fh, fw), True = visible, the same count in every image.
+
+        Raises:
+            ValueError: images or a mask that do not fit.
+        """
         mask, geo = self._geometry(images, mask)
         return [geo.scatter(values, r) for values, r in self._encode(images, mask, geo)]
 
@@ -130,6 +138,7 @@ class SparK(nn.Module):
         """Images (B, C, H, W) with their hidden patches as predicted, in the images' own units.
 
         A predicted patch is standardised; its mean and deviation are taken from the hidden patch, as upstream does.
+        Arguments: see `forward`.
         """
         mask, geo = self._geometry(images, mask)
         return reconstruction(self._decode(images, mask, geo), images, mask)
@@ -139,7 +148,7 @@ class SparK(nn.Module):
         save(self.backbone, path, name=self.name, metadata={"method": "SparK"})
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Cells (fh, fw) of an image.
+        """Cells (fh, fw) of an image of (height, width) pixels.
 
         Raises:
             ValueError: if a side is not a multiple of ``mask_cell``.
@@ -153,7 +162,7 @@ class SparK(nn.Module):
         return height // cell, width // cell
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Whether masks can be drawn for images of this size.
+        """Whether masks can be drawn for images of (height, width) pixels.
 
         Raises:
             ValueError: a side is not a multiple of ``mask_cell``, or the ratio leaves no cell visible, or none hidden.

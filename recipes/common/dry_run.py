@@ -70,9 +70,11 @@ def dry_run(
         after = load_checkpoint(listing(run.checkpoints)[0])["model"]
         apart = max(float((before[key].double() - after[key].double()).abs().max()) for key in before)
         if surgery is None:
-            load(resolve(settings.backbone), run.backbone)
+            load(resolve(settings.backbone), run.backbone, image_size=size)
         else:
-            plain = create(settings.backbone, in_chans=settings.in_chans, num_classes=classes)
+            plain = create(
+                settings.backbone, in_chans=settings.in_chans, num_classes=classes, image_size=size
+            )
             surgery(plain)
             load(plain, run.backbone)
         print(

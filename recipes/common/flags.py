@@ -217,7 +217,8 @@ def _parser(settings_class: type, presets: Mapping[str, Any]) -> argparse.Argume
     hints = get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         name = f"--{field.name.replace('_', '-')}"
-        text = f"{_help(settings_class, field.name)} (default: {_show(field.default)})".replace("%", "%%")
+        default = show(field.default, hints[field.name])
+        text = f"{_help(settings_class, field.name)} (default: {default})".replace("%", "%%")
         if hints[field.name] is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
@@ -243,9 +244,10 @@ def _metavar(hint: Any) -> str:
     return str(hint.__name__).upper()
 
 
-def _show(value: Any) -> str:
+def show(value: Any, hint: Any) -> str:
+    """A setting as its flag takes it."""
     if isinstance(value, tuple):
-        return ("x" if all(isinstance(v, int) for v in value) else ",").join(map(str, value))
+        return ("x" if get_args(without_none(hint)) == (int, int) else ",").join(map(str, value))
     return "none" if value is None else str(value)
 
 

@@ -57,6 +57,15 @@ def test_what_is_calibrated_scores_near_zero_and_what_is_sure_of_itself_does_not
     assert (perfect.accuracy, perfect.nll, perfect.brier, perfect.ece) == (1, 0, 0, 0)
 
 
+def test_scores_with_gradients() -> None:
+    """As a head gives them outside of no_grad."""
+    probs, labels = forecasts()
+    logits = probs.log().requires_grad_()
+    assert calibration(logits.softmax(1), labels).nll == pytest.approx(nll(probs, labels), rel=1e-5)
+    entropy = torch.special.entr(logits.softmax(1)).sum(1)
+    assert auroc(entropy[:200], entropy[200:]) == auroc(entropy[:200].detach(), entropy[200:].detach())
+
+
 def test_half_precision() -> None:
     probs, labels = forecasts()
     rough, fine = calibration(probs.bfloat16(), labels), calibration(probs, labels)

@@ -219,6 +219,21 @@ def test_mistakes_in_a_file(tmp_path, text, message):
     assert message.format(path=path) in str(caught.value)
 
 
+def test_help_shows_defaults_as_flags_take_them(capsys):
+    """Sides of candidates and pools are lists, not sizes."""
+
+    @dataclasses.dataclass
+    class Lists(CommonSettings):
+        image_size: tuple[int, int] | None = (64, 96)
+        pool: tuple[int, ...] = flag((1, 2, 4), "sides")
+
+    with pytest.raises(SystemExit):
+        parse(Lists, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 64x96)" in text
+    assert "sides (default: 1,2,4)" in text
+
+
 def test_unreadable_bytes_and_a_folder_as_config(tmp_path):
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "x.yaml", tmp_path):

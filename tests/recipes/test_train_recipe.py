@@ -193,6 +193,14 @@ def test_a_dry_run_needs_no_data(recipe: Recipe, tmp_path: Path, capsys: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_of_a_network_that_is_built_for_one_size(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At another size than its own: a position embedding has as many tokens as there are patches."""
+    recipe(TRAIN).main(["--backbone", "test_vit", "--dry-run", "--data", "nowhere"])
+    assert "all works here (on noise" in capsys.readouterr().out
+
+
 # --- nothing but training decides the weights ---------------------------------------------------------------------
 
 
