@@ -319,7 +319,10 @@ def _without_call(
             source = node.args[0]
             while isinstance(modules.get(source), nn.Identity):
                 source = source.args[0]
-            if modules.get(source) is norm:
+            last = modules.get(source)
+            while type(last) is nn.Sequential and len(last):  # a convolution and its norm, say
+                last = last[-1]
+            if last is norm:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
                 break

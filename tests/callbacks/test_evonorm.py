@@ -349,6 +349,25 @@ def code(forward: Any, **parts: nn.Module) -> nn.Sequential:
     return nn.Sequential(Part())
 
 
+def test_a_norm_at_the_end_of_a_sequential_counts_as_the_blocks_own() -> None:
+    """relu(conv_norm(x)), as many people write it; the block calls the function twice."""
+    torch.manual_seed(0)
+    first, second, third = (
+        nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Sequential(nn.BatchNorm2d(3))) for _ in range(3)
+    )
+    model = code(
+        lambda m, x: F.relu(m.second(F.relu(m.first(x)))) + m.third(x),
+        first=first,
+        second=second,
+        third=third,
+    )
+    x = torch.randn(2, 3, 8, 8)
+    own = outputs(model, x)
+    report = replace_norm_act(model, same_as(F.relu))
+    assert [site.activation for site in report.replaced] == ["relu", "relu", "none"], report
+    assert all(map(torch.equal, outputs(model, x), own))
+
+
 def test_what_is_left_is_left_with_a_reason() -> None:
     norm, act = partial(nn.BatchNorm2d, 3), nn.ReLU
     cases: dict[str, nn.Module] = {
