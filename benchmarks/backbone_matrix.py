@@ -9,6 +9,7 @@ recipes build them, weights are random, and teacher, decoder and heads are small
 is written as DEFECT.
 """
 
+import copy
 import gc
 import json
 import sys
@@ -16,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,12 @@ THIRDS = Schedule((Stage(1 / 3, 160), Stage(2 / 3, 192), Stage(1.0, 224)))
 
 
 def network(name: str, size: int, classes: int = 0) -> nn.Module:
-    """As recipes build it, but always the same."""
+    """As recipes build it, but always the same; a fresh copy."""
+    return copy.deepcopy(built(name, size, classes))
+
+
+@lru_cache(maxsize=4)
+def built(name: str, size: int, classes: int) -> nn.Module:
     torch.manual_seed(0)
     name, *settings = name.split()
     if settings:
@@ -108,8 +114,7 @@ def trained(name: str, size: int) -> str:
 
 
 def tract(name: str, size: int) -> str:
-    # Three, because a hook that never fires is reported after the third update.
-    return updated(supervised(name, size), images(size), LABELS, callbacks=(TrAct(when="step"),), updates=3)
+    return updated(supervised(name, size), images(size), LABELS, callbacks=(TrAct(when="step"),))
 
 
 def evonorm(name: str, size: int) -> str:
@@ -215,7 +220,7 @@ def cell(method: str, name: str, sizes: list[int]) -> str:
 
 def sizes_of(name: str) -> list[int]:
     """The sides of images to try: the smallest that the plain network runs on, and its own."""
-    own = 224
+    own = 224 if name.startswith("tv:") else SMALL[0]
     if ":" not in name:
         import timm
 
