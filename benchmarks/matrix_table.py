@@ -48,7 +48,8 @@ Found by running, not by thinking: `python benchmarks/backbone_matrix.py` builds
 family of torchvision the network with the fewest parameters, with random weights, and does one update with each method,
 its objective built as the recipe builds it, on two images of noise. So "works" says that it trains, not that it helps.
 The last rows are written by hand (`tests/backbones/hand_written.py`) and stand for your own network. All messages are
-in [backbone_matrix.json](../benchmarks/results/backbone_matrix.json), and `tests/test_backbone_matrix.py` runs rows again.
+in [backbone_matrix.json](../benchmarks/results/backbone_matrix.json), and `tests/test_backbone_matrix.py` runs some of
+them again.
 
 Sides of the images: 64 px where the network runs on them, else 128 px or its own size, which is also tried where a
 smaller size is refused. What is not "works" is one line that says so, before anything is trained:
@@ -60,7 +61,7 @@ smaller size is refused. What is not "works" is one line that says so, before an
 
 def table(report: dict[str, Any]) -> str:
     """The page."""
-    methods = list(next(iter(report["rows"].values()))["cells"]) if report["rows"] else []
+    methods = max((list(row["cells"]) for row in report["rows"].values()), key=len, default=[])
     notes: dict[str, int] = {}
     lines = [
         "| family | network | parameters | " + " | ".join(methods) + " |",
