@@ -6,6 +6,10 @@ from typing import Any
 # What is said of one network, and what it comes to; the first that matches. \1 names the module at fault.
 _MASKED = "it has an operation without an exact sparse form, such as attention, in the module named"
 _COMES_TO = (
+    (
+        r"SparK cannot run \S+ in \S+ \((\w+)\): output .* divided by stride .*",
+        "a layer without padding crops its map",
+    ),
     (r"SparK cannot run \S+ in \S+ \((\w+)\): .*", _MASKED),
     (r"\S+ \((\w+)\).*; choose a backbone without it", _MASKED),
     (
@@ -17,7 +21,18 @@ _COMES_TO = (
         r"image size \S+ is not a multiple of the mask cell.*",
         "its image size is not a multiple of the mask cell",
     ),
-    (r".* \(\d+% of the backbone's .*", "layers behind the last map stay as they are; a warning names them"),
+    (
+        r".* \((\d+%) of the backbone's parameters\) .*",
+        "this share of it, behind the last map, stays as it is; a warning names the layers",
+    ),
+    (
+        r"TrAct cannot train \S+: a (\w+) is not .*",
+        "its first layer is no plain convolution or linear layer, so that TrAct would not be exact",
+    ),
+    (
+        r"(\w+) must return logits \(B, N\), not .*",
+        "in training it returns more than logits; build it with aux_logits=False",
+    ),
     (r"no layer of \w+ was replaced: it has no BatchNorm2d", "it has no BatchNorm2d; a warning says so"),
     (
         r"no layer of \w+ was replaced: all was skipped.*",
@@ -86,7 +101,7 @@ def _short(cell: str, notes: dict[str, int]) -> str:
     module = ""
     for pattern, short in _COMES_TO:
         if found := re.fullmatch(pattern, reason):
-            module = "".join(f" {group}" for group in found.groups())
+            module = "".join(f" ({group})" for group in found.groups())
             reason = short
             break
     return f"{word}{module} [{notes.setdefault(reason, len(notes) + 1)}]"
