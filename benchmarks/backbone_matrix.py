@@ -224,8 +224,12 @@ def cell(method: str, name: str, sizes: list[int]) -> str:
 
 def sizes_of(name: str) -> list[int]:
     """The sides of images to try: the smallest that the plain network runs on, and its own."""
-    own = 224 if name.startswith("tv:") else SMALL[0]
-    if ":" not in name:
+    own = SMALL[0]
+    if name.startswith("tv:"):
+        from torchvision.models import get_model_weights
+
+        own = next(iter(get_model_weights(name.removeprefix("tv:")))).transforms().crop_size[0]
+    elif ":" not in name:
         import timm
 
         own = int(timm.models.get_pretrained_cfg(name.split()[0]).to_dict()["input_size"][-1])
