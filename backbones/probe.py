@@ -15,6 +15,11 @@ ImageSize = int | tuple[int, int] | None
 UNSUITABLE = (RuntimeError, ValueError, AssertionError)
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line of 200 characters at most; an assertion without words says what it is."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run the block in eval mode, then put back modes, buffers, gradients and random states, bit for bit."""

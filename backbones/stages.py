@@ -8,7 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from leaven.backbones.probe import UNSUITABLE, ImageSize, candidate_images, first_that_runs, untouched
+from leaven.backbones.probe import (
+    UNSUITABLE,
+    ImageSize,
+    candidate_images,
+    first_that_runs,
+    reason_of,
+    untouched,
+)
 from leaven.backbones.trace import Call, maps, reduction, tokens_after, trace, trunk
 
 
@@ -60,9 +67,8 @@ def stages(model: nn.Module, image_size: ImageSize = None) -> tuple[Stage, ...]:
         try:
             image, seen = first_that_runs(lambda x: observe(model, x), candidate_images(model, image_size))
         except UNSUITABLE as error:
-            reason = str(error).partition("\n")[0]
             raise NoStages(
-                f"{type(model).__name__} did not run on a test image; pass image_size: {reason}"
+                f"{type(model).__name__} did not run on a test image; pass image_size: {reason_of(error)}"
             ) from None
         found = read(model, image, seen)
     last = {stage.reduction: stage for stage in found}

@@ -150,7 +150,10 @@ def trunk(root: Call, found: list[Call]) -> Call:
 
 
 def tokens_after(root: Call, last: Call, model: nn.Module) -> bool:
-    """Most parameters sit in modules that run after the last map on its pixels as a sequence (B, N, C)."""
+    """Most parameters sit in modules that run after the last map on its pixels as a sequence (B, N, C).
+
+    Those of a single layer that cuts the image into patches do not count: of few tokens it may be the larger part.
+    """
     order: list[Call] = []
 
     def visit(call: Call) -> None:
@@ -167,4 +170,7 @@ def tokens_after(root: Call, last: Call, model: nn.Module) -> bool:
         if len(shape) == 3 and pixels <= shape[1] < pixels + 8:
             names.add(call.name)
     inside = {p for name in names for p in model.get_submodule(name).parameters()}
-    return 2 * sum(p.numel() for p in inside) > sum(p.numel() for p in model.parameters())
+    patches = (
+        set(model.get_submodule(last.name).parameters()) if last.takes_image and not last.children else set()
+    )
+    return 2 * sum(p.numel() for p in inside) > sum(p.numel() for p in set(model.parameters()) - patches)

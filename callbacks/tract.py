@@ -192,7 +192,7 @@ def _tract_hooks(layer: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
 def _found(model: nn.Module) -> list[str]:
     """The first layers of a model of images, by following an image through it."""
     from leaven.backbones import first_layers
-    from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs
+    from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, reason_of
 
     def follow(image: Tensor) -> Any:
         with torch.compiler.set_stance("force_eager"):
@@ -201,10 +201,9 @@ def _found(model: nn.Module) -> list[str]:
     try:
         _, found = first_that_runs(follow, candidate_images(model, None))
     except UNSUITABLE as error:
-        reason = " ".join(str(error).split())[:200]
         raise AttachError(
             f"TrAct cannot tell the first layer of {type(model).__name__}, which runs on no image that was tried "
-            f'({reason}): name it, as in TrAct(layers=["embed"])'
+            f'({reason_of(error)}): name it, as in TrAct(layers=["embed"])'
         ) from error
     names: list[str] = found
     if not names:

@@ -243,7 +243,7 @@ class EfficientTrain(Callback):
                 ) from error
 
     def _try_sizes(self, backbone: nn.Module) -> None:
-        from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, untouched
+        from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, reason_of, untouched
 
         for size in dict.fromkeys([self.image_size, *self.shapes()]):
             # Eagerly: a model that is to be compiled would be compiled for these images too.
@@ -253,12 +253,11 @@ class EfficientTrain(Callback):
                 except (*UNSUITABLE, TypeError, IndexError, KeyError, AttributeError) as error:
                     if size == self.image_size and not isinstance(error, UNSUITABLE):
                         return  # an objective that asks for more than images cannot be tried
-                    reason = " ".join(str(error).split())[:200]
                     raise AttachError(
-                        f"{type(backbone).__name__} does not run on images of {_words(size)} ({reason}). timm's ViTs "
-                        "and Swins do if built with dynamic_img_size=True or strict_img_size=False, as the recipes "
-                        "build them; for a network of one size, take another, or in Python resize_back=True, which "
-                        "saves nothing"
+                        f"{type(backbone).__name__} does not run on images of {_words(size)} ({reason_of(error)}). "
+                        "timm's ViTs and Swins do if built with dynamic_img_size=True or strict_img_size=False, as the "
+                        "recipes build them; for a network of one size, take another, or in Python resize_back=True, "
+                        "which saves nothing"
                     ) from error
 
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from leaven.backbones import NoStages, Stage, features, stages
-from leaven.backbones.probe import UNSUITABLE, ImageSize, candidate_images, first_that_runs, untouched
+from leaven.backbones.probe import (
+    UNSUITABLE,
+    ImageSize,
+    candidate_images,
+    first_that_runs,
+    reason_of,
+    untouched,
+)
 
 
 def extract_features(
@@ -176,8 +183,10 @@ def try_features(
         try:
             _, found = first_that_runs(lambda image: pooled_features(backbone, image, maps), images)
         except UNSUITABLE as error:
-            what, reason = type(backbone).__name__, str(error).partition("\n")[0]
-            raise ValueError(f"{what} did not run on a test image; pass image_size: {reason}") from None
+            what = type(backbone).__name__
+            raise ValueError(
+                f"{what} did not run on a test image; pass image_size: {reason_of(error)}"
+            ) from None
         if not found.requires_grad:
             return found, sorted(parameters)
         gradients = torch.autograd.grad(found.sum(), list(parameters.values()), allow_unused=True)

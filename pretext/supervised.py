@@ -59,12 +59,7 @@ class Supervised(nn.Module):
         Raises:
             ValueError: the model gives no logits (B, N), or the targets do not fit them.
         """
-        logits = self.backbone(images)
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"{type(self.backbone).__name__} must return logits (B, N), not {what}")
-        # Autocast on CPUs would take the loss in bfloat16, to two digits.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits_of(self.backbone, self.backbone(images))
         if targets.ndim == 2:
             if targets.shape != logits.shape:
                 raise ValueError(f"soft labels {tuple(targets.shape)} for logits {tuple(logits.shape)}")
@@ -83,6 +78,23 @@ class Supervised(nn.Module):
     def export(self, path: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> None:
         """Write the model's weights, classifier included; see `leaven.backbones.save`."""
         save(self.backbone, path, name=name, metadata=metadata)
+
+
+def logits_of(model: nn.Module, output: Any) -> Tensor:
+    """What a model returned, as logits (B, N) in float32 at least: bfloat16 would give a loss to two digits.
+
+    Raises:
+        ValueError: it is something else, such as the tuple of a network with auxiliary classifiers.
+    """
+    if isinstance(output, tuple):
+        raise ValueError(
+            f"{type(model).__name__} must return logits (B, N), not {type(output).__name__}: build it without further "
+            "outputs, as with torchvision's aux_logits=False"
+        )
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"{type(model).__name__} must return logits (B, N), not {what}")
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def count_correct(model: nn.Module, batches: Iterable[Any]) -> Tensor:

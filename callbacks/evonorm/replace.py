@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -150,7 +151,7 @@ def replace_norm_act(
 
 
 def _run(model: nn.Module, example: Tensor | None) -> _Watch:
-    from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, untouched
+    from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, reason_of, untouched
 
     def once(images: Tensor) -> _Watch:
         watch = _Watch(model)
@@ -169,9 +170,9 @@ def _run(model: nn.Module, example: Tensor | None) -> _Watch:
             once, candidate_images(model, None) if example is None else iter([example])
         )
     except UNSUITABLE as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"cannot see the layers of {type(model).__name__} at work, for it does not run ({reason}): give an example"
+            f"cannot see the layers of {type(model).__name__} at work, for it does not run ({reason_of(error)}): "
+            "give an example"
         ) from error
     found: _Watch = watch
     return found
@@ -194,6 +195,7 @@ class _Watch(TorchFunctionMode):
         self.model = model
         self.calls: dict[nn.Module, list[_Call]] = {}
         self.act_calls: Counter[nn.Module] = Counter()
+        self.given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._live: dict[int, _Call] = {}
         self._running: list[nn.Module] = []
 
@@ -202,12 +204,16 @@ class _Watch(TorchFunctionMode):
 
         stack = ExitStack()
         for module in self.model.modules():
-            stack.callback(module.register_forward_pre_hook(self._enter).remove)
+            stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
         return stack
 
-    def _enter(self, module: nn.Module, _args: Any) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running.append(module)
+        if module not in self.given:  # `...` for tensors, which need not be kept
+            without = [... if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
+            names = dict(zip(kwargs, without[len(args) :], strict=True))
+            self.given[module] = tuple(without[: len(args)]), names
         if _is_activation(module):
             self.act_calls[module] += 1
 
@@ -254,7 +260,7 @@ def _replace(
     for norm, plan in plans.items():
         alone = plan.act is not None and watch.act_calls[plan.act] == pairs[plan.act]
         if plan.owner is not None and not alone:
-            plan.skipped = _without_call(model, norm, plan, names, report)
+            plan.skipped = _without_call(model, norm, plan, names, watch, report)
         report.sites.append(Site(plan.name, plan.activation, plan.skipped))
         if plan.skipped:
             continue
@@ -285,7 +291,7 @@ def _plan(norm: nn.Module, watch: _Watch, names: dict[nn.Module, str]) -> _Plan:
 
 
 def _without_call(
-    model: nn.Module, norm: nn.Module, plan: _Plan, names: dict[nn.Module, str], report: Report
+    model: nn.Module, norm: nn.Module, plan: _Plan, names: dict[nn.Module, str], watch: _Watch, report: Report
 ) -> str:
     """Make the code of `plan.owner` leave out the activation behind `norm`; or say why that cannot be."""
     assert plan.owner is not None
@@ -298,7 +304,7 @@ def _without_call(
     if owner._forward_hooks or owner._forward_pre_hooks:
         return f"{because}, and {here} has hooks"
     try:
-        graph = owner.graph if isinstance(owner, fx.GraphModule) else _Shallow().trace(owner)
+        graph = owner.graph if isinstance(owner, fx.GraphModule) else _traced(owner, *watch.given[owner])
     except (
         fx.proxy.TraceError,
         AttributeError,
@@ -319,7 +325,10 @@ def _without_call(
             source = node.args[0]
             while isinstance(modules.get(source), nn.Identity):
                 source = source.args[0]
-            if modules.get(source) is norm:
+            last = modules.get(source)
+            while type(last) is nn.Sequential and len(last):  # a convolution and its norm, say
+                last = last[-1]
+            if last is norm:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
                 break
@@ -329,6 +338,22 @@ def _without_call(
     shallow.train(owner.training)
     _put(model, owner, shallow, report)
     return ""
+
+
+def _traced(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
+    """The code of a module as it runs when called like this: `x is None` is never true of what fx traces with.
+
+    The graph refuses other values of what was no tensor.
+    """
+    bound = inspect.signature(owner.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    fixed = {name: x for name, x in bound.arguments.items() if x is None or isinstance(x, bool | int | float)}
+    graph = _Shallow().trace(owner, concrete_args=fixed)
+    for node in graph.nodes:
+        name = str(node.target).rpartition("_")[0]
+        if node.op == "placeholder" and name in fixed:  # fx numbers them, and callers use the names
+            node.target = name
+    return graph
 
 
 class _Shallow(fx.Tracer):

@@ -15,6 +15,7 @@ from leaven.pretext.scalekd.projector import CrossAttentionProjector
 from leaven.pretext.scalekd.tail import Targets, TeacherTail
 from leaven.pretext.scalekd.taps import find_taps, tapped, two_stages
 from leaven.pretext.scalekd.views import Reduction, frequency_view_loss, spatial_view_loss
+from leaven.pretext.supervised import logits_of
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -139,11 +140,12 @@ class ScaleKD(nn.Module):
             The loss, and as logs its parts, weighted: ce, kd, spatial3, frequency3, spatial4, frequency4; and top1.
 
         Raises:
-            ValueError: the teacher's logits are not of the student's classes.
+            ValueError: the student gives no logits, or the teacher's are not of its classes.
         """
         logits, (third, fourth) = tapped(self.backbone, self.taps, images)
         if teacher is None:
             teacher = self.tail.targets(self.for_teacher(images))
+        logits = logits_of(self.backbone, logits)
         parts = self._of_logits(logits, teacher.logits, targets)
         parts |= self._of_features(third, fourth, teacher)
         logs = {name: part.detach() for name, part in parts.items()}
@@ -174,7 +176,6 @@ class ScaleKD(nn.Module):
         return {f"backbone.{name}" for name in own()} | tables
 
     def _of_logits(self, logits: Tensor, teachers: Any, targets: Tensor) -> dict[str, Tensor]:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         smoothing = self.smoothing if targets.ndim == 1 else 0.0
         parts = {"ce": (1 - self.kd_weight) * F.cross_entropy(logits, targets, label_smoothing=smoothing)}
         if self.kd_weight:

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from leaven.backbones import NoStages, Stage, features
 from leaven.backbones import stages as all_stages
-from leaven.backbones.probe import UNSUITABLE, ImageSize, candidate_images, first_that_runs, untouched
+from leaven.backbones.probe import (
+    UNSUITABLE,
+    ImageSize,
+    candidate_images,
+    first_that_runs,
+    reason_of,
+    untouched,
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,9 @@ def find_taps(
         try:
             _, (wanted, seen) = first_that_runs(run, candidate_images(student, image_size))
         except UNSUITABLE as error:
-            reason = " ".join(str(error).split())[:200]
-            raise NoStages(f"{type(student).__name__} did not run on a test image: {reason}") from error
+            raise NoStages(
+                f"{type(student).__name__} did not run on a test image: {reason_of(error)}"
+            ) from error
     third, fourth = (_match(student, stage, map_, seen) for stage, map_ in zip(stages, wanted, strict=True))
     return third, fourth
 
@@ -108,7 +116,9 @@ def _match(student: nn.Module, stage: Stage, map_: Tensor, seen: list[tuple[str,
         for tap in _readings(name, call, output, map_.shape[1], grid):
             if torch.equal(read(tap, output, grid), map_):
                 return tap
-    raise NoStages(f"no module of {type(student).__name__} gives its map {stage.name} when it is called")
+    raise NoStages(
+        f"no module of {type(student).__name__} gives its map {stage.name} when it is called; give others as stages="
+    )
 
 
 def _readings(name: str, call: int, output: Tensor, channels: int, grid: tuple[int, int]) -> list[Tap]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leaven.backbones import Stage, features
+from leaven.backbones.probe import reason_of
 from leaven.pretext.spark.errors import SparseUnsupported
 from leaven.pretext.spark.sparse_map import SparseMap
 
@@ -184,5 +185,4 @@ def _culprit(
 def _unless_refusal(error: BaseException, backbone: nn.Module, what: str) -> SparseUnsupported:
     if isinstance(error, SparseUnsupported):
         return error
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return SparseUnsupported(f"{type(backbone).__name__} {what}: {reason}")
+    return SparseUnsupported(f"{type(backbone).__name__} {what}: {reason_of(error)}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from leaven.backbones import Stage, classifier_names, create, resolve, save, unused_parameters
 from leaven.backbones import stages as backbone_stages
-from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, untouched
+from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, reason_of, untouched
 from leaven.pretext.output import Output
 from leaven.pretext.spark.decoder import Densify, LightDecoder
 from leaven.pretext.spark.dense import dense_encode
@@ -230,15 +230,14 @@ class SparK(nn.Module):
             except UNSUITABLE as error:  # of the backbone itself
                 unswap(self.backbone)
                 size = f"{self.mask_cell}x{2 * self.mask_cell}"
-                reason = str(error).partition("\n")[0] or type(error).__name__
                 name = type(self.backbone).__name__
-                refused.append(SparseUnsupported(f"{name} does not run on {size} px: {reason}"))
+                refused.append(SparseUnsupported(f"{name} does not run on {size} px: {reason_of(error)}"))
             else:
                 reason = f"packed refused: {refused[0]}" if refused else "asked for"
                 return candidate, reason if backend != "auto" or refused else "the faster wherever measured"
-        advice = (
-            "try a larger mask_cell" if "does not run" in str(refused[0]) else "choose a backbone without it"
-        )
+        advice = "choose a backbone without it"
+        if "does not run" in str(refused[0]):
+            advice = "choose a backbone that takes images of any size, or try a larger mask_cell"
         raise SparseUnsupported(f"{refused[0]}; {advice}") from refused[0]
 
     def _probe(self) -> None:
@@ -270,7 +269,8 @@ def choose_stages(found: Sequence[Stage], reductions: Sequence[int] | None) -> t
         chosen = tuple(stage for stage in found if stage.reduction in set(reductions))
     if not chosen or any(stage.reduction & (stage.reduction - 1) for stage in chosen):
         raise SparseUnsupported(
-            f"SparK needs feature maps whose reductions are powers of two from 4 on; this backbone has {have}"
+            f"SparK needs feature maps whose reductions are powers of two from 4 on; this backbone has {have}: "
+            "choose another"
         )
     return chosen
 

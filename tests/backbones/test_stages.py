@@ -14,6 +14,7 @@ from torch import nn
 
 from leaven.backbones import NoStages, create, features, stages, unused_parameters
 from leaven.backbones.trace import reduction
+from tests.backbones.hand_written import network_in_network
 
 # --- timm: its own features_only wrapper, given the same weights, is the oracle ------------------------------
 
@@ -714,3 +715,12 @@ def test_a_net_that_yields_no_maps_is_not_asked_again_with_other_images() -> Non
     with pytest.raises(NoStages, match="sequence of tokens after embed"):
         stages(model)
     assert len(model.sizes) == 1
+
+
+def test_few_tokens_are_tokens_too() -> None:
+    """A large patch embedding before small blocks: it is the larger part of the network and still no feature map."""
+    model = network_in_network(image_size=64)
+    embed = sum(p.numel() for p in model.embed.parameters())
+    assert 2 * embed > sum(p.numel() for p in model.parameters())
+    with pytest.raises(NoStages, match="works on a sequence of tokens after embed"):
+        stages(model)

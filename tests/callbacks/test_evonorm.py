@@ -349,6 +349,58 @@ def code(forward: Any, **parts: nn.Module) -> nn.Sequential:
     return nn.Sequential(Part())
 
 
+def test_a_norm_at_the_end_of_a_sequential_counts_as_the_blocks_own() -> None:
+    """relu(conv_norm(x)), as many people write it; the block calls the function twice."""
+    torch.manual_seed(0)
+    first, second, third = (
+        nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Sequential(nn.BatchNorm2d(3))) for _ in range(3)
+    )
+    model = code(
+        lambda m, x: F.relu(m.second(F.relu(m.first(x)))) + m.third(x),
+        first=first,
+        second=second,
+        third=third,
+    )
+    x = torch.randn(2, 3, 8, 8)
+    own = outputs(model, x)
+    report = replace_norm_act(model, same_as(F.relu))
+    assert [site.activation for site in report.replaced] == ["relu", "relu", "none"], report
+    assert all(map(torch.equal, outputs(model, x), own))
+
+
+@pytest.mark.parametrize("how", ["left out", "given", "by name", "none by name"])
+def test_code_that_asks_for_an_argument_stays_right(how: str) -> None:
+    """timm's DLA: `if shortcut is None`, which is never true of what torch.fx traces with."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.norm2, self.relu = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor, shortcut: Tensor | None = None, half: bool = False) -> Tensor:
+            if shortcut is None:
+                shortcut = x
+            y = self.norm2(self.relu(self.norm(x)))
+            return self.relu(y / 2 + shortcut if half else y + shortcut)
+
+    calls = {
+        "left out": lambda m, x: m.block(x),
+        "given": lambda m, x: m.block(x, 2 * x, True),
+        "by name": lambda m, x: m.block(x, shortcut=2 * x),
+        "none by name": lambda m, x: m.block(x, shortcut=None, half=True),
+    }
+    torch.manual_seed(0)
+    model = code(calls[how], block=Block())
+    x = torch.randn(2, 3, 8, 8)
+    own = outputs(model, x)
+    report = replace_norm_act(model, same_as(F.relu))
+    assert [site.activation for site in report.replaced] == ["0.block.relu", "none"], report
+    assert all(map(torch.equal, outputs(model, x), own))
+    if how == "left out":
+        with pytest.raises(AssertionError, match="shortcut has been specialized"):
+            model[0].block(x, 2 * x)
+
+
 def test_what_is_left_is_left_with_a_reason() -> None:
     norm, act = partial(nn.BatchNorm2d, 3), nn.ReLU
     cases: dict[str, nn.Module] = {

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -259,6 +260,9 @@ def test_what_cannot_be_is_one_line() -> None:
         assert "\n" not in str(error.value)
     free = ScaleKD(timm.create_model("resnet10t", num_classes=7), teacher, kd_weight=0.0, image_size=64)
     assert torch.isfinite(free(*batch()).loss)
+    googlenet = torchvision.models.googlenet(weights=None, num_classes=5, init_weights=False)
+    with pytest.raises(ValueError, match=r"GoogLeNet must return logits .* aux_logits=False"):
+        ScaleKD(googlenet, teacher, image_size=64)(*batch())
     blind = TeacherTail(teacher, [*teacher.blocks[3:], teacher.norm], "tokens", 1)
     teacher.num_classes = 7
     distil = ScaleKD(timm.create_model("resnet10t", num_classes=7), teacher, tail=blind, image_size=64)

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -62,6 +63,11 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
         Supervised(Logits())(torch.zeros(2, 3, 4, 4), torch.zeros(2).long())
     with pytest.raises(ValueError, match=r"soft labels \(9, 6\) for logits \(9, 7\)"):
         Supervised(Logits())(LOGITS, torch.zeros(9, 6))
+    googlenet = torchvision.models.googlenet(weights=None, num_classes=7, init_weights=False)
+    with pytest.raises(
+        ValueError, match=r"GoogLeNet must return logits .* not GoogLeNetOutputs: .* aux_logits=False"
+    ):
+        Supervised(googlenet)(torch.zeros(2, 3, 64, 64), torch.zeros(2).long())
     with pytest.raises(ValueError, match=r"smoothing must be at least 0 and below 1, not 1\.0"):
         Supervised(Logits(), 1.0)
 
