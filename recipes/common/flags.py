@@ -43,7 +43,16 @@ class ImageSettings:
     """The flags of every recipe: a backbone, and images for it."""
 
     backbone: str = flag("convnext_t", "timm name, tv:NAME for torchvision, or package.module:factory")
-    data: str = flag("digits", "digits, tv:NAME@ROOT for a torchvision data set, or a folder of images")
+    data: str = flag(
+        "digits",
+        "digits, tv:NAME@ROOT for a torchvision data set, hf:NAME[:SPLIT] for one of the Hugging Face hub or local "
+        "Parquet files, or a folder of images",
+    )
+    image_column: str | None = flag(None, "hf: which column has the images; none: the only one of that type")
+    label_column: str | None = flag(None, "hf: which column has the classes; none: the only one of that type")
+    shuffle_buffer: int = flag(
+        1000, "hf: about how far an image may move from its neighbours when rows are shuffled"
+    )
     image_size: tuple[int, int] | None = flag(None, "N or HxW in pixels; none: what suits the data")
     in_chans: int = flag(3, "channels that the images are read with: 1 grey, 3 RGB")
     max_bad_images: int = flag(10, "unreadable images per split to name and skip before giving up")
@@ -101,7 +110,10 @@ class CommonSettings(ImageSettings):
 
 _LEAST: dict[str, float] = {
     **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "save_every", "keep", "limit_batches"), 1),
-    **dict.fromkeys(("global_batch_size", "probe_images", "probe_width", "decoder_width", "mask_cell"), 1),
+    **dict.fromkeys(
+        ("global_batch_size", "probe_images", "probe_width", "decoder_width", "mask_cell", "shuffle_buffer"),
+        1,
+    ),
     **dict.fromkeys(
         ("workers", "seed", "lr", "lr_base", "weight_decay", "warmup_epochs", "clip_grad", "max_bad_images"),
         0,
