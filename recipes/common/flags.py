@@ -181,8 +181,8 @@ def from_yaml(settings_class: type[S], text: str) -> S:
 def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
     """Run a recipe's `main`. An error that the user can put right is one line on stderr, and exit code 2.
 
-    Such errors are `UserError` and the named errors of backbones and SparK. Anything else is a defect and keeps
-    its traceback.
+    Such errors are `UserError`, the named errors of backbones and SparK, and a loader's worker that was killed.
+    Anything else is a defect and keeps its traceback.
 
     Args:
         main: called without arguments.
@@ -197,12 +197,20 @@ def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
     known: tuple[type[Exception], ...] = named + errors
     try:
         main()
-    except known as error:
+    except (*known, RuntimeError) as error:
         line = " ".join(str(error).split())
+        if not isinstance(error, known):
+            # torch raises it wherever the training is at that moment, and has no type for it.
+            if not line.startswith("DataLoader worker (pid"):
+                raise
+            line = (
+                f"a process that loads data was lost ({line}); memory may be short: lower --workers or --batch-size, "
+                "and go on with --resume auto where a checkpoint was saved"
+            )
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             print(f"error: {line}", file=sys.stderr)
-        elif not getattr(error, "on_every_rank", True):
+        elif not isinstance(error, known) or not getattr(error, "on_every_rank", True):
             print(f"error: {line} (rank {rank})", file=sys.stderr)
         else:
             # The launcher ends all ranks as soon as it sees one fail: leave rank 0 the time to say why.
