@@ -165,7 +165,7 @@ def soak(name: str, kills: int, work: Path, draw: random.Random) -> dict[str, An
         last = sum(moments.values()) == kills
         if not early and not last:
             wait_for(process, work / folder / (recipe.journal or "metrics.jsonl"), since)
-        wait = 3600.0 if last else draw.uniform(0, first if early else rest * min(0.5, 3 / kills))
+        wait = 3600.0 if last else draw.uniform(0, first if early else rest / 2)
         code = ended_with(process, wait)
         if code is None:
             process.kill()
