@@ -195,9 +195,10 @@ def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
     sys.path.append(os.getcwd())  # last, so that it shadows nothing: for --backbone my_module:factory
     named = (UserError, UnknownBackbone, NoStages, WeightsMismatch, SparseUnsupported)
     known: tuple[type[Exception], ...] = named + errors
+    caught: tuple[type[Exception], ...] = (*known, RuntimeError)
     try:
         main()
-    except (*known, RuntimeError) as error:
+    except caught as error:
         line = " ".join(str(error).split())
         if not isinstance(error, known):
             # torch raises it wherever the training is at that moment, and has no type for it.

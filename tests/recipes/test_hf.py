@@ -14,7 +14,7 @@ import pytest
 from recipe_programs import SPARK, TRAIN, refusal, rows, run, same_tensors
 from safetensors.torch import load_file
 
-from leaven.recipes.common import hf
+from leaven.recipes.common import parquet
 from leaven.recipes.common.batches import Part
 from leaven.recipes.common.checkpoint import listing, load
 from leaven.recipes.common.data import Data, KeyedDataset, make_loader, open_data
@@ -94,6 +94,7 @@ def test_splits_columns_and_classes_are_found(stored: Path) -> None:
     assert [number_of(data.val.image(i)) for i in range(24)] == list(range(200, 224))
     assert data.image_size == (64, 64)
     assert "96 images in 15 row groups of 3 Parquet files, 24 held out (test)" in data.notes[0]
+    assert data.notes[1].endswith("of which the workers of a process keep up to 0 MiB in memory")
     assert open_data(f"hf:{stored}", in_chans=1).train.image(3).shape == (1, 12, 12)
 
 
@@ -305,10 +306,10 @@ def test_a_network_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError("connection reset")
         return 5
 
-    assert hf.patiently(read, "https://x/a.parquet", waits=(0, 0, 0)) == 5
+    assert parquet.patiently(read, "https://x/a.parquet", waits=(0, 0, 0)) == 5
     asked.clear()
     with pytest.raises(LostData, match="connection reset"):
-        hf.patiently(read, "a.parquet")
+        parquet.patiently(read, "a.parquet")
     assert len(asked) == 1
 
 
