@@ -39,7 +39,7 @@ IMPORTED = ("timm", "accelerate", "sklearn.datasets", "matplotlib.pyplot", "gpyt
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = {"step_s", "data_s", "images_per_s", "peak_memory_mib"}
 NET = "--backbone test_resnet"
-SMALL = f"{NET} --image-size 32 --batch-size 8 --epochs 10 --limit-batches 4 --workers 1"
+SMALL = f"{NET} --image-size 32 --batch-size 8 --epochs 6 --limit-batches 3 --workers 1"
 TINY_UNET = """from leaven.pretext.diffusion import UNet
 
 
@@ -59,7 +59,7 @@ class Recipe:
 
 RECIPES = {
     "train": Recipe(f"{SMALL} --model-ema-decay 0.9"),
-    "dkm": Recipe("--steps 60 --inducing 10 --nu 1,inf --seeds 6", "journal.jsonl"),
+    "dkm": Recipe("--steps 20 --inducing 10 --nu 1 --seeds 6", "journal.jsonl"),
     "spark": Recipe(f"{SMALL} --stages 4,8 --decoder-width 16 --probe-images 60"),
     "rotnet": Recipe(f"{SMALL} --probe-images 60 --drop-path 0.1"),
     "scalekd": Recipe(
@@ -68,12 +68,12 @@ RECIPES = {
     ),
     "diffusion_features": Recipe(f"{SMALL} --backbone tiny_net:tiny --no-grid"),
     "functional_prior": Recipe(
-        "--fit-steps 3 --critic-steps 5 --functions 16 --points 20 --chains 2 --burn-in 60 --thin 5 "
-        "--draws 9 --seeds 6",
+        "--fit-steps 3 --critic-steps 5 --functions 16 --points 20 --chains 2 --burn-in 30 --thin 2 "
+        "--draws 6 --seeds 5",
         "journal.jsonl",
     ),
     "evonorm_search": Recipe(
-        "--candidates 12 --population 3 --steps 6 --quality-steps 3 --quality 0.01 --stability-steps 1 "
+        "--candidates 9 --population 3 --steps 6 --quality-steps 3 --quality 0.01 --stability-steps 1 "
         "--round-size 3 --anchors resnet,mobilenet --labels 20",
         "journal.jsonl",
     ),
@@ -227,7 +227,7 @@ def full_disk(work: Path) -> str:
     """No file may grow beyond 100 kB: the first checkpoint is there already."""
     words = command("train", *FAULTY)
     process = start([*words, "--output-dir", "broken"], work, "start.log")
-    wait_for(process, work / "broken/checkpoints/update-000000004.pt")
+    wait_for(process, work / "broken/checkpoints/update-000000003.pt")
     process.kill()
     process.join()
 
@@ -244,7 +244,7 @@ def dead_worker(work: Path) -> str:
     """The kernel kills a loader's worker, as it does when memory is short."""
     words = command("train", *FAULTY)
     process = start([*words, "--workers", "1", "--output-dir", "broken"], work, "dead.log")
-    wait_for(process, work / "broken/checkpoints/update-000000004.pt")
+    wait_for(process, work / "broken/checkpoints/update-000000003.pt")
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text():
             os.kill(int(child), signal.SIGKILL)

@@ -104,7 +104,7 @@ def open_hf(
     if judged is None:
         rest, held = held_out(train, seed)
         parts: tuple[Source, Source] = Subset(train, rest), Subset(train, held)
-        how = f"{len(held)} of them held out (seed {seed}), as there is one split"
+        how = f"{len(held)} of them held out (seed {seed}), as no other split is there to judge on"
     else:
         parts = train, judged
         how = f"{len(judged)} held out ({val})"

@@ -102,7 +102,7 @@ def test_another_split_and_a_pattern(stored: Path) -> None:
     assert number_of(open_data(f"hf:{stored}:test").train.image(0)) == 200
     data = open_data(f"hf:{stored}/train*.parquet")
     assert (len(data.train), len(data.val)) == (86, 10)
-    assert "10 of them held out (seed 0), as there is one split" in data.notes[0]
+    assert "10 of them held out (seed 0), as no other split is there to judge on" in data.notes[0]
     both = [number_of(part.image(i)) for part in (data.train, data.val) for i in range(len(part))]
     assert sorted(both) == list(range(96))
 
