@@ -11,6 +11,7 @@ scikit-learn's digits, a smoke test and no evidence.
 """
 
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
 def read(settings: DiffusionSettings) -> None:
     """Features of a model that there is."""
     assert settings.model is not None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--model trains nothing and is for one process: leave the launcher out")
     with user_errors(ValueError, FileNotFoundError, ImportError):
         opened = open_model(settings.model)
     data = find_data(settings)

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from leaven.recipes.common.augment import DeviceAugment, TrainTransform, Transform, eval_transform
-from leaven.recipes.common.data import Data, KeyedDataset, KeyedLoader, make_loader, open_data
+from leaven.recipes.common.data import Data, KeyedDataset, KeyedLoader, make_loader, open_data, spread
 from leaven.recipes.common.decode import Reduction
-from leaven.recipes.common.few_labels import hold_out, labels_of
+from leaven.recipes.common.few_labels import hold_out
 from leaven.recipes.common.flags import CommonSettings, ImageSettings, UserError
 from leaven.recipes.common.policies import Policy
 from leaven.recipes.common.sampler import KeyedBatchSampler
-from leaven.recipes.common.sources import Source
+from leaven.recipes.common.sources import Source, labels_of
 
 Size = tuple[int, int]
 
@@ -40,7 +40,13 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
 def find_data(settings: ImageSettings) -> Data:
     """The images of ``--data``, less what ``--val-from-train`` keeps out."""
     data = open_data(
-        settings.data, seed=settings.seed, max_bad_images=settings.max_bad_images, in_chans=settings.in_chans
+        settings.data,
+        seed=settings.seed,
+        max_bad_images=settings.max_bad_images,
+        in_chans=settings.in_chans,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        shuffle_buffer=settings.shuffle_buffer,
     )
     return data if settings.val_from_train is None else hold_out(data, settings.val_from_train)
 
@@ -174,8 +180,9 @@ class Images:
         settings = cast(CommonSettings, self.settings)  # who trains has them
         rank, processes = accelerator.process_index, accelerator.num_processes
         sampler = KeyedBatchSampler(
-            len(self.data.train), settings.batch_size, settings.seed, rank, processes, repeats=repeats
-        )
+            len(self.data.train), settings.batch_size, settings.seed, rank, processes, repeats=repeats,
+            blocks=getattr(self.data.train, "blocks", None), buffer=settings.shuffle_buffer,
+        )  # fmt: skip
         augment = None
         if settings.augment_on == "device":
             if aa != "none" or reprob:
@@ -228,24 +235,23 @@ class Images:
 
 
 class Part:
-    """At most ``most`` images of a source, evenly spread over it; of those every n-th from the i-th on."""
+    """At most ``most`` images of a source, evenly spread over it (`spread`); of those the i-th of n equal pieces."""
 
     def __init__(self, source: Source, most: int, share: tuple[int, int] = (0, 1)) -> None:
-        self.source, self.n, self.share = source, min(most, len(source)), share
+        self.source, self.indices = source, spread(source, most)
+        if share != (0, 1):
+            self.indices = np.array_split(self.indices, share[1])[share[0]]
 
     def __len__(self) -> int:
-        return len(range(self.share[0], self.n, self.share[1]))
+        return len(self.indices)
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """All labels (n,), without reading the images."""
-        return labels_of(self.source)[[self._at(index) for index in range(len(self))]]
+        return labels_of(self.source)[self.indices]
 
     def image(self, index: int, reduction: Reduction | None = None) -> Tensor:
-        return self.source.image(self._at(index), reduction)
+        return self.source.image(int(self.indices[index]), reduction)
 
     def label(self, index: int) -> int | None:
-        return self.source.label(self._at(index))
-
-    def _at(self, index: int) -> int:
-        return (self.share[0] + index * self.share[1]) * len(self.source) // self.n
+        return self.source.label(int(self.indices[index]))

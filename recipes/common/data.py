@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from leaven.recipes.common.augment import Transform
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.folders import split_folder
+from leaven.recipes.common.hf import open_hf, parse
 from leaven.recipes.common.sampler import Key, KeyedBatchSampler
 from leaven.recipes.common.sources import (
     FileSource,
+    LostData,
     Source,
     TolerantSource,
     TooManyBadImages,
@@ -37,7 +40,7 @@ class Data:
 
     Attributes:
         name: for titles and folder names.
-        kind: "digits", "torchvision" or "folder".
+        kind: "digits", "torchvision", "hf" or "folder".
         train, val: the two parts.
         classes: class names by label; empty without labels.
         mean, std: per channel, of images in [0, 1].
@@ -56,25 +59,44 @@ class Data:
     notes: list[str] = field(default_factory=list)
 
 
-def open_data(spec: str, *, max_bad_images: int = 10, seed: int = 0, in_chans: int = 3) -> Data:
+def open_data(
+    spec: str,
+    *,
+    max_bad_images: int = 10,
+    seed: int = 0,
+    in_chans: int = 3,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    shuffle_buffer: int = 1000,
+) -> Data:
     """Open the data that a `--data` text names.
 
     Args:
-        spec: `digits`, `tv:NAME@ROOT` (add `?download` to let torchvision fetch it), or a folder as
-            `split_folder` understands it.
+        spec: `digits`, `tv:NAME@ROOT` (add `?download` to let torchvision fetch it), `hf:NAME[:SPLIT]` as `open_hf`
+            understands it, or a folder as `split_folder` does.
         max_bad_images: unreadable images to bear in each of the two parts.
         seed: key of the split where the data has none.
         in_chans: 1 to read grey, 3 to read RGB.
+        image_column, label_column, shuffle_buffer: of `hf:`, see `open_hf`.
 
     Raises:
         UserError: the data is not there, or is not what its place says.
     """
     if in_chans not in (1, 3):
         raise UserError(f"--in-chans {in_chans}: images are read as 1 (grey) or 3 (RGB) channels")
+    for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
+        if column is not None and not spec.startswith("hf:"):
+            raise UserError(f"{flag} is of --data hf:NAME, and --data is {spec}")
     if spec == "digits":
         return _open_digits(seed, in_chans)
     if spec.startswith("tv:"):
         return _open_torchvision(spec, in_chans, max_bad_images)
+    if spec.startswith("hf:"):
+        columns = image_column, label_column
+        train, val, classes, notes = open_hf(spec, in_chans, max_bad_images, seed, *columns, shuffle_buffer)
+        mean, std = channel_statistics(train)
+        name = os.path.basename(parse(spec)[0].rstrip("/"))
+        return Data(name, "hf", train, val, classes, mean, std, suggested_size(train), notes)
     return _open_folder(os.path.expanduser(spec), seed, in_chans, max_bad_images)
 
 
@@ -106,20 +128,37 @@ def _open_folder(root: str, seed: int, in_chans: int, max_bad_images: int) -> Da
     return Data(name, "folder", train, val, found.classes, mean, std, suggested_size(train), found.notes)
 
 
-def _spread(source: Source, n: int) -> Iterator[Tensor]:
+def spread(source: Source, n: int) -> NDArray[np.int64]:
+    """Indices of `n` images, or of all if there are fewer, evenly spread over the source.
+
+    Where the source is read in blocks: of neighbours, 32 at a time.
+    """
+    length, run = len(source), 1 if getattr(source, "blocks", None) is None else 32
+    runs = -(-n // run)
+    if n >= length or runs * run > length:
+        return np.arange(min(n, length)) * length // min(n, length)
+    return (np.arange(runs)[:, None] * length // runs + np.arange(run)).ravel()[:n]
+
+
+def _some(source: Source, n: int) -> Iterator[Tensor]:
     """About `n` images, evenly spread over the source."""
+    if getattr(source, "blocks", None) is not None:
+        return (source.image(i) for i in spread(source, n).tolist())
     return (source.image(i) for i in range(0, len(source), max(1, len(source) // n)))
 
 
 def channel_statistics(source: Source, n: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, of images in [0, 1], over all pixels of about `n` images."""
+    """Mean and standard deviation per channel, of images in [0, 1], over all pixels of about `n` images.
+
+    A channel that is the same everywhere has a deviation of one grey level, for it is divided by.
+    """
     # Sums of 1, x and x^2, image by image: sizes may differ, and all at once may not fit.
     sums = torch.zeros(3, 1, dtype=torch.float64)
-    for image in _spread(source, n):
+    for image in _some(source, n):
         x = image.flatten(1).double() / 255
         sums = sums + torch.stack([torch.ones_like(x), x, x.square()]).sum(2)
     mean, square = sums[1] / sums[0], sums[2] / sums[0]
-    return tuple(mean.tolist()), tuple((square - mean.square()).sqrt().tolist())
+    return tuple(mean.tolist()), tuple((square - mean.square()).clamp_min(1 / 255**2).sqrt().tolist())
 
 
 def suggested_size(source: Source) -> tuple[int, int]:
@@ -127,7 +166,7 @@ def suggested_size(source: Source) -> tuple[int, int]:
 
     64 because networks that divide the side by 32 need more than one cell.
     """
-    shorter = float(np.median([min(image.shape[-2:]) for image in _spread(source, 8)]))
+    shorter = float(np.median([min(image.shape[-2:]) for image in _some(source, 8)]))
     side = 224 if shorter >= 200 else max(64, 32 * -(-int(shorter) // 32))
     return side, side
 
@@ -171,6 +210,8 @@ class KeyedLoader(DataLoader[tuple[Any, int]]):
                 if source is None:
                     raise
                 raise source.too_many() from None
+            except LostData as error:
+                raise LostData(str(error).strip().splitlines()[-1].rpartition("LostData: ")[2]) from None
             if source is not None:
                 source.report()
             self.batch_sampler.advance()

@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from leaven.recipes.common.data import Data
-from leaven.recipes.common.decode import Reduction
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.sampler import permutation
-from leaven.recipes.common.sources import Source
+from leaven.recipes.common.sources import Subset, labels_of
 
 
 def few_labels(
@@ -57,17 +54,6 @@ def few_labels(
     return np.sort(np.concatenate(chosen))
 
 
-def labels_of(source: Source) -> NDArray[np.int64]:
-    """All labels (N,) of a source, where it can without reading its images."""
-    known: Any = getattr(source, "labels", None)
-    if known is not None:
-        return np.asarray(known, dtype=np.int64)
-    labels = [source.label(index) for index in range(len(source))]
-    if None in labels:
-        raise UserError("these images have no labels; give data with one class per image")
-    return np.asarray(labels, dtype=np.int64)
-
-
 def keep_few(data: Data, amount: str | None, seed: int) -> Data:
     """The data with the labels of ``--labels`` alone to train on, and a note that says so.
 
@@ -110,28 +96,3 @@ def hold_out(data: Data, amount: str) -> Data:
     note = f"--val-from-train {amount}: judged on {len(kept_out)} of {n} training images, the held-out part is closed"
     parts = {"train": Subset(data.train, rest), "val": Subset(data.train, kept_out)}
     return replace(data, **parts, notes=[*data.notes, note])  # type: ignore[arg-type]
-
-
-class Subset:
-    """Some images of a source.
-
-    Args:
-        source: what they are from.
-        indices: which, (n,).
-    """
-
-    def __init__(self, source: Source, indices: NDArray[np.int64]) -> None:
-        self.source, self.indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        return labels_of(self.source)[self.indices]
-
-    def image(self, index: int, reduction: Reduction | None = None) -> Tensor:
-        return self.source.image(int(self.indices[index]), reduction)
-
-    def label(self, index: int) -> int | None:
-        return self.source.label(int(self.indices[index]))

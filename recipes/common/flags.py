@@ -43,7 +43,16 @@ class ImageSettings:
     """The flags of every recipe: a backbone, and images for it."""
 
     backbone: str = flag("convnext_t", "timm name, tv:NAME for torchvision, or package.module:factory")
-    data: str = flag("digits", "digits, tv:NAME@ROOT for a torchvision data set, or a folder of images")
+    data: str = flag(
+        "digits",
+        "digits, tv:NAME@ROOT for a torchvision data set, hf:NAME[:SPLIT] for one of the Hugging Face hub or local "
+        "Parquet files, or a folder of images",
+    )
+    image_column: str | None = flag(None, "hf: which column has the images; none: the only one of that type")
+    label_column: str | None = flag(None, "hf: which column has the classes; none: the only one of that type")
+    shuffle_buffer: int = flag(
+        1000, "hf: about how far an image may move from its neighbours when rows are shuffled"
+    )
     image_size: tuple[int, int] | None = flag(None, "N or HxW in pixels; none: what suits the data")
     in_chans: int = flag(3, "channels that the images are read with: 1 grey, 3 RGB")
     max_bad_images: int = flag(10, "unreadable images per split to name and skip before giving up")
@@ -101,7 +110,10 @@ class CommonSettings(ImageSettings):
 
 _LEAST: dict[str, float] = {
     **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "save_every", "keep", "limit_batches"), 1),
-    **dict.fromkeys(("global_batch_size", "probe_images", "probe_width", "decoder_width", "mask_cell"), 1),
+    **dict.fromkeys(
+        ("global_batch_size", "probe_images", "probe_width", "decoder_width", "mask_cell", "shuffle_buffer"),
+        1,
+    ),
     **dict.fromkeys(
         ("workers", "seed", "lr", "lr_base", "weight_decay", "warmup_epochs", "clip_grad", "max_bad_images"),
         0,
@@ -169,8 +181,8 @@ def from_yaml(settings_class: type[S], text: str) -> S:
 def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
     """Run a recipe's `main`. An error that the user can put right is one line on stderr, and exit code 2.
 
-    Such errors are `UserError` and the named errors of backbones and SparK. Anything else is a defect and keeps
-    its traceback.
+    Such errors are `UserError`, the named errors of backbones and SparK, and a loader's worker that was killed.
+    Anything else is a defect and keeps its traceback.
 
     Args:
         main: called without arguments.
@@ -183,14 +195,23 @@ def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
     sys.path.append(os.getcwd())  # last, so that it shadows nothing: for --backbone my_module:factory
     named = (UserError, UnknownBackbone, NoStages, WeightsMismatch, SparseUnsupported)
     known: tuple[type[Exception], ...] = named + errors
+    caught: tuple[type[Exception], ...] = (*known, RuntimeError)
     try:
         main()
-    except known as error:
+    except caught as error:
         line = " ".join(str(error).split())
+        if not isinstance(error, known):
+            # torch raises it wherever the training is at that moment, and has no type for it.
+            if not line.startswith("DataLoader worker (pid"):
+                raise
+            line = (
+                f"a process that loads data was lost ({line}); memory may be short: lower --workers or --batch-size, "
+                "and go on with --resume auto where a checkpoint was saved"
+            )
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             print(f"error: {line}", file=sys.stderr)
-        elif not getattr(error, "on_every_rank", True):
+        elif not isinstance(error, known) or not getattr(error, "on_every_rank", True):
             print(f"error: {line} (rank {rank})", file=sys.stderr)
         else:
             # The launcher ends all ranks as soon as it sees one fail: leave rank 0 the time to say why.

@@ -6,7 +6,7 @@ depends neither on the number of workers, nor on the rank, nor on what was drawn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -48,6 +48,35 @@ def uniform(seed: int, epoch: int, index: int, purpose: str, n: int = 1) -> NDAr
 def permutation(seed: int, epoch: int, n: int, purpose: str = "order") -> NDArray[np.int64]:
     """A random order of `range(n)`, a pure function of the arguments."""
     return np.argsort(random_bits(seed, epoch, 0, purpose, n), kind="stable")
+
+
+# Sequences that batches are taken from in turn where data is read in blocks: of 1, 2, 4 or 8 workers, each has its own.
+LANES = 8
+
+
+def block_permutation(seed: int, epoch: int, blocks: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """`range(sum(blocks))`, block after block, in an order of blocks that is a pure function of the arguments."""
+    ends = np.cumsum(blocks)
+    order = permutation(seed, epoch, len(ends), "blocks")
+    return np.concatenate([np.arange(ends[b] - blocks[b], ends[b]) for b in order])
+
+
+def lane_order(seed: int, epoch: int, rank: int, n: int, batch_size: int, buffer: int) -> NDArray[np.int64]:
+    """An order of `range(n)`, shuffled within about `buffer`: batch k is of the (k mod `LANES`)-th piece of the range.
+
+    A loader hands batches to its workers in turn. So a worker reads a piece of the data, and keeps a window of it, and
+    yet what is in a batch does not depend on the number of workers.
+    Each place goes to itself plus a random number below `buffer`: as from a shuffle buffer, without a state.
+    """
+    batches = n // batch_size
+    numbers = np.argsort(np.arange(batches) % LANES, kind="stable")  # of batches, lane by lane
+    lane = np.repeat(numbers % LANES, batch_size)
+    goal = np.arange(len(lane)) + buffer * uniform(seed, epoch, rank, "buffer", len(lane))
+    order = np.arange(n)
+    order[: len(lane)].reshape(batches, batch_size)[numbers] = np.lexsort((goal, lane)).reshape(
+        batches, batch_size
+    )
+    return order
 
 
 class Key(NamedTuple):
@@ -101,6 +130,9 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         repeats: repeated augmentation (Hoffer et al., 2020; Berman et al., 2019): an epoch has as many samples, of
             a `repeats`-th of the images, each that often with other draws; on several ranks the copies fall to
             different ones.
+        blocks: lengths of the runs in which the data is read, see `Source`; a rank then has a piece of the blocks,
+            which come in random order, and samples are shuffled within about `buffer` only, see `lane_order`.
+        buffer: samples that are shuffled together, where there are blocks.
 
     Raises:
         UserError: less than one batch per epoch.
@@ -122,11 +154,14 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         drop_last: bool = True,
         schedule: Callable[[int, int], BatchSpec] | None = None,
         repeats: int = 1,
+        blocks: NDArray[np.int64] | None = None,
+        buffer: int = 1000,
     ) -> None:
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.size, self.strength, self.schedule = size, strength, schedule
         self.shuffle, self.drop_last, self.repeats = shuffle, drop_last, repeats
+        self.blocks, self.buffer = blocks, buffer
         self.epoch, self.position = epoch, position
         if len(self) == 0:
             raise UserError(
@@ -154,12 +189,22 @@ class KeyedBatchSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, first = self.epoch, self.position
-        order = permutation(self.seed, epoch, self.n) if self.shuffle else np.arange(self.n)
+        each = self.samples_per_rank
+        places = np.arange(self.rank, each * self.world_size, self.world_size)
+        if not self.shuffle:
+            order = np.arange(self.n)
+        elif self.blocks is None:
+            order = permutation(self.seed, epoch, self.n)
+        else:
+            order = block_permutation(self.seed, epoch, self.blocks)
+            places = (
+                lane_order(self.seed, epoch, self.rank, each, self.batch_size, self.buffer) + self.rank * each
+            )
         order = np.repeat(order, self.repeats)[: self.n]
         # Copies of an image differ in the epoch that their draws are keyed by: no two (epoch, copy) share one.
         draws = epoch * self.repeats + np.arange(self.n) % self.repeats
         both = np.stack([draws, order], axis=1)
-        mine = both[np.arange(self.rank, self.samples_per_rank * self.world_size, self.world_size) % self.n]
+        mine = both[places % self.n]
         pairs = mine.tolist()
         for batch, (start, stop, spec) in enumerate(self._slices()):
             if batch >= first:

@@ -34,8 +34,17 @@ class TooManyBadImages(UserError):
     on_every_rank = False  # each rank meets its own
 
 
+class LostData(UserError):
+    """Part of the data cannot be read any more."""
+
+    on_every_rank = False
+
+
 class Source(Protocol):
-    """Images by index."""
+    """Images by index.
+
+    Where reading is cheap in runs of neighbours only, a source has `blocks`, the lengths of these runs in order.
+    """
 
     def __len__(self) -> int: ...
 
@@ -218,6 +227,51 @@ class FileSource(TolerantSource):
 
     def name(self, index: int) -> str:
         return show_path(self.path(index))
+
+
+def labels_of(source: Source) -> NDArray[np.int64]:
+    """All labels (N,) of a source, where it can without reading its images."""
+    known: Any = getattr(source, "labels", None)
+    if known is not None:
+        return np.asarray(known, dtype=np.int64)
+    labels = [source.label(index) for index in range(len(source))]
+    if None in labels:
+        raise UserError("these images have no labels; give data with one class per image")
+    return np.asarray(labels, dtype=np.int64)
+
+
+class Subset:
+    """Some images of a source.
+
+    Args:
+        source: what they are from.
+        indices: which, (n,).
+    """
+
+    def __init__(self, source: Source, indices: NDArray[np.int64]) -> None:
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return labels_of(self.source)[self.indices]
+
+    @property
+    def blocks(self) -> NDArray[np.int64] | None:
+        """How many of these images lie in each block of the source, where it has blocks."""
+        blocks: NDArray[np.int64] | None = getattr(self.source, "blocks", None)
+        if blocks is None:
+            return None
+        counts = np.diff(np.searchsorted(self.indices, np.cumsum(blocks)), prepend=0)
+        return counts[counts > 0]
+
+    def image(self, index: int, reduction: Reduction | None = None) -> Tensor:
+        return self.source.image(int(self.indices[index]), reduction)
+
+    def label(self, index: int) -> int | None:
+        return self.source.label(int(self.indices[index]))
 
 
 def digits(seed: int, in_chans: int) -> tuple[ArraySource, ArraySource]:

@@ -24,6 +24,13 @@ from leaven.recipes.common.flags import CommonSettings, UserError, flag, parse
 from leaven.recipes.common.launcher import asked_processes, find_launcher, set_threads
 from leaven.recipes.common.run_folder import RunFolder, open_run
 
+# What a launcher can ask for that splits the model.
+_SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
 T = TypeVar("T")
 S = TypeVar("S", bound="LoopSettings")
 M = TypeVar("M", bound=nn.Module)
@@ -78,14 +85,15 @@ def start(settings: S, recipe: str) -> tuple[Accelerator, RunFolder, S]:
     Raises:
         UserError: a setting cannot be had here.
     """
+    # Not by the state's type, which turns to FSDP only when the Accelerator is made.
+    for variable, name in _SHARDED.items():
+        if parse_flag_from_env(variable):
+            raise _not_ddp(name)
     # Without cpu=True accelerate does not join processes that have no GPU: each would train by itself.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu)
     if not state.distributed_type.value.startswith(("NO", "MULTI_")):
-        raise UserError(
-            f"this loop trains with DDP, not {state.distributed_type.value}: a checkpoint holds the whole "
-            "model, as one process has it; choose another distributed type in `accelerate config`"
-        )
+        raise _not_ddp(state.distributed_type.value)
     if state.num_processes != int(os.environ.get("WORLD_SIZE", state.num_processes)):
         started = os.environ["WORLD_SIZE"]
         raise UserError(
@@ -122,6 +130,13 @@ def start(settings: S, recipe: str) -> tuple[Accelerator, RunFolder, S]:
         accelerator.init_trackers(recipe, config=config)
     set_seed(settings.seed)
     return accelerator, run, settings
+
+
+def _not_ddp(name: str) -> UserError:
+    return UserError(
+        f"this loop trains with DDP, not {name}: a checkpoint holds the whole model, as one process has it, and "
+        "callbacks hook whole parameters; choose another distributed type in `accelerate config`"
+    )
 
 
 def synchronised(objective: M, accelerator: Accelerator) -> M:

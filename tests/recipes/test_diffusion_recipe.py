@@ -118,3 +118,13 @@ def test_wrong_flags(
     training = [] if "--model" in flags else [*NET, "--epochs", "1", "--limit-batches", "1"]
     assert message in refusal(lambda: module.main([*QUICK, *training, *flags]), capsys)
     assert not list(Path().glob("runs/*/metrics.jsonl"))  # nothing was trained first
+
+
+def test_a_model_is_read_by_one_process(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = recipe(DIFFUSION)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refusal(lambda: module.main(["--model", "out", "--output-dir", "read"]), capsys)
+    assert said == "error: --model trains nothing and is for one process: leave the launcher out"
+    assert not Path("read").exists()

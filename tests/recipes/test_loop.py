@@ -485,3 +485,23 @@ def test_kill_9_loses_at_most_what_came_after_the_last_checkpoint(tmp_path: Path
     assert run([*command, "--resume", "auto"], tmp_path).returncode == 0
     assert equal_runs(whole, tmp_path / "broken")
     wait_until_gone(tmp_path, 20)
+
+
+def test_a_killed_worker_is_one_line_and_the_last_checkpoint_goes_on(
+    tmp_path: Path, whole: Path, started: Callable[..., Any]
+) -> None:
+    """As when memory is short."""
+    command = [sys.executable, TINY, *WORKERS, "--output-dir", "broken"]
+    process = started(*command, "--hang-at", "8")
+    wait_for_line(process, "waiting")
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: a process that loads data was lost (DataLoader worker (pid")
+    assert line.endswith("go on with --resume auto where a checkpoint was saved")
+    assert listing(tmp_path / "broken/checkpoints")[0].name == "update-000000005.pt"
+    assert run([*command, "--resume", "auto"], tmp_path).returncode == 0
+    assert equal_runs(whole, tmp_path / "broken")

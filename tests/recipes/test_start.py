@@ -75,6 +75,17 @@ def test_fp16_on_a_cpu_is_refused(recipe: Callable[[Path], ModuleType], tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron-LM"])
+def test_a_launcher_that_would_split_the_model_is_refused_before_anything_is_written(
+    recipe: Callable[[Path], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    recipe(TINY)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper().replace('-', '_')}", "true")
+    with pytest.raises(UserError, match=f"^this loop trains with DDP, not {name}: "):
+        start(LoopSettings(output_dir=str(tmp_path / "run")), "tiny")
+    assert not (tmp_path / "run").exists()
+
+
 def test_processes_that_accelerate_does_not_join_are_noticed(
     recipe: Callable[[Path], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
