@@ -24,7 +24,7 @@ from leaven.pretext.spark import sample_mask
 
 smoke = bool(os.environ.get("SMOKE"))  # a short run that only shows that everything works
 torch.manual_seed(0)
-plt.style.use("tableau-colorblind10")
+plt.style.use("seaborn-v0_8-colorblind")
 plt.rcParams["figure.dpi"] = 90
 
 # %% [markdown]
@@ -120,6 +120,7 @@ plain.load_state_dict(load_file("backbone.safetensors"))
 #
 # A linear probe trains a logistic regression on frozen features. Beside it stands the same network with weights that
 # were never trained.
+
 
 # %%
 def probe(network: torch.nn.Module) -> float:
