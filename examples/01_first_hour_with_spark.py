@@ -1,12 +1,13 @@
 # %% [markdown]
 # # A first hour with SparK
 #
-# SparK hides most of an image from a convolutional network and lets a small decoder predict what is missing. No labels
-# are needed. What remains at the end is the backbone you began with, with better weights.
+# SparK hides most of an image from a convolutional network and lets a small decoder predict what is missing. No
+# labels are needed. What remains at the end is the backbone you began with, with better weights.
 #
-# This notebook pre-trains a small ResNet, looks at what it fills in, loads the weights into plain timm, and fine-tunes
-# on a few labels. The data are scikit-learn's handwritten digits, so that nothing has to be downloaded. Digits show that
-# everything works. They are no evidence that the method helps: for that, take images of your own.
+# This notebook pre-trains a small ResNet, looks at what it fills in, loads the weights into plain timm, and
+# fine-tunes on a few labels. The data are scikit-learn's handwritten digits, so that nothing has to be
+# downloaded. Digits show that everything works. They are no evidence that the method helps: for that, take images
+# of your own.
 
 # %%
 import os
@@ -45,8 +46,8 @@ test_images, test_labels = images[test], labels[test]
 print(f"{len(train_images)} images to learn from, {len(test_images)} to test on")
 
 # %% [markdown]
-# Any convolutional backbone of timm will do. This one is a thin ResNet. `output_stride=8` keeps its last map at an eighth
-# of the image's side, as images of 32 pixels need; for photos leave it out.
+# Any convolutional backbone of timm will do. This one is a thin ResNet. `output_stride=8` keeps its last map at
+# an eighth of the image's side, as images of 32 pixels need; for photos leave it out.
 
 # %%
 settings = {"channels": (32, 64, 128, 256), "output_stride": 8}
@@ -55,9 +56,9 @@ backbone = timm.create_model("resnet10t", num_classes=0, **settings)
 # %% [markdown]
 # ## Pre-training
 #
-# `SparK` is an `nn.Module` that owns the backbone and the decoder. Called on a batch it gives a loss; the rest is your
-# own loop. The cells of the mask have the size of a pixel of the last map, here 8x8. Of the sixteen cells of an image six
-# stay visible.
+# `SparK` is an `nn.Module` that owns the backbone and the decoder. Called on a batch it gives a loss; the rest is
+# your own loop. The cells of the mask have the size of a pixel of the last map, here 8x8. Of the sixteen cells of
+# an image six stay visible.
 
 # %%
 spark = SparK(backbone, decoder_width=64)
@@ -81,13 +82,13 @@ figure.savefig("spark_loss.png")
 print(f"loss {losses[0]:.2f} at the first update, {losses[-1]:.2f} at the last")
 
 # %% [markdown]
-# The loss compares cells that were standardised, each to mean 0 and standard deviation 1. A network that predicts zeros
-# everywhere has a loss near 1.
+# The loss compares cells that were standardised, each to mean 0 and standard deviation 1. A network that predicts
+# zeros everywhere has a loss near 1.
 #
 # ## What it fills in
 #
-# These test digits were not trained on. Visible cells are as they were, hidden ones are predicted. What is predicted is the
-# pattern within a cell; for the picture, its mean and deviation are taken from the original.
+# These test digits were not trained on. Visible cells are as they were, hidden ones are predicted. What is
+# predicted is the pattern within a cell; for the picture, its mean and deviation are taken from the original.
 
 # %%
 shown = test_images[:6]
@@ -107,8 +108,8 @@ figure.savefig("spark_reconstructions.png")
 # %% [markdown]
 # ## Into plain timm
 #
-# The backbone was a plain timm network all along. `export` writes its weights, and timm loads them strictly: every key
-# and every shape agrees.
+# The backbone was a plain timm network all along. `export` writes its weights, and timm loads them strictly:
+# every key and every shape agrees.
 
 # %%
 spark.export("backbone.safetensors")
@@ -118,8 +119,8 @@ plain.load_state_dict(load_file("backbone.safetensors"))
 # %% [markdown]
 # ## Are the features any good?
 #
-# A linear probe trains a logistic regression on frozen features. Beside it stands the same network with weights that
-# were never trained.
+# A linear probe trains a logistic regression on frozen features. Beside it stands the same network with weights
+# that were never trained.
 
 
 # %%
@@ -136,7 +137,8 @@ print(f"linear probe, pre-trained: {probe(plain):.1%}")
 # ## Fine-tuning with few labels
 #
 # Five labelled digits of each class, and the whole network is trained, once from fresh weights and once from the
-# pre-trained ones. `load_around_classifier` loads strictly too, but for the classifier, which the file does not have.
+# pre-trained ones. `load_around_classifier` loads strictly too, but for the classifier, which the file does not
+# have.
 
 # %%
 chosen = kshot_indices(train_labels, 5, seed=0)
@@ -167,8 +169,8 @@ for name, weights in (("fresh weights", None), ("pre-trained", "backbone.safeten
 #
 # ## Where to go from here
 #
-# - The same on your own images, with resume, several GPUs and a log:
-#   `accelerate launch recipes/spark.py --backbone resnet50 --data PATH/OF/IMAGES`, then `recipes/train.py --init ...`.
-# - A backbone that SparK cannot run exactly, because it has attention for instance, is refused in one line that names
-#   the layer.
+# - The same on your own images, with resume, several GPUs and a log: `accelerate launch recipes/spark.py
+#   --backbone resnet50 --data PATH/OF/IMAGES`, then `recipes/train.py --init ...`.
+# - A backbone that SparK cannot run exactly, because it has attention for instance, is refused in one line that
+#   names the layer.
 # - Tian et al., *Designing BERT for Convolutional Networks*, ICLR 2023, is the paper.

@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Callbacks in a loop of your own
 #
-# You have a training loop and want to keep it. `attach` binds callbacks to the hooks that every loop calls already: the
-# model's forward pass, its gradients, the optimizer's step. Nothing else changes, be it plain PyTorch as here, accelerate,
-# Lightning or HF Trainer (`examples/loops` has one script for each).
+# You have a training loop and want to keep it. `attach` binds callbacks to the hooks that every loop calls
+# already: the model's forward pass, its gradients, the optimizer's step. Nothing else changes, be it plain
+# PyTorch as here, accelerate, Lightning or HF Trainer (`examples/loops` has one script for each).
 #
-# The data are scikit-learn's handwritten digits. They show that everything works, and are no evidence that it helps.
+# The data are scikit-learn's handwritten digits. They show that everything works, and are no evidence that it
+# helps.
 
 # %%
 import os
@@ -40,14 +41,15 @@ test_images, test_labels = images[test], labels[test]
 # This is an ordinary loop. The only new thing is the `with` line, which takes the callbacks off again at the end.
 #
 # - `EMA` keeps averaged weights beside the model.
-# - `KNNProbe` tells every few updates how well nearest neighbours classify the test images by the backbone's features.
+# - `KNNProbe` tells every few updates how well nearest neighbours classify the test images by the backbone's
+#   features.
 # - `TrAct` makes the first layer learn faster, by its gradient alone.
 # - `EfficientTrain` shows the network small images with low frequencies first, and whole images at the end.
 #
 # `updates` counts the optimizer's updates. Everything that is scheduled follows from this number.
 
 # %%
-epochs = 2 if smoke else 6
+epochs = 2 if smoke else 5
 loader = DataLoader(
     TensorDataset(train_images, train_labels),
     batch_size=100,
@@ -97,9 +99,9 @@ figure.savefig("knn_probe.png")
 # %% [markdown]
 # ## A callback of your own
 #
-# Subclass `Callback`. `setup` is called once and may register hooks; what it returns is undone at the end. `update` is
-# called after every applied update: a step that a gradient scaler skipped does not count, nor does a micro-batch of
-# gradient accumulation.
+# Subclass `Callback`. `setup` is called once and may register hooks; what it returns is undone at the end.
+# `update` is called after every applied update: a step that a gradient scaler skipped does not count, nor does a
+# micro-batch of gradient accumulation.
 
 
 # %%
@@ -120,8 +122,8 @@ class GradientNorm(Callback):
 # %% [markdown]
 # ## Stop and resume
 #
-# `attached` has one `state_dict` for all callbacks and the count of updates. It goes into the checkpoint beside model and
-# optimizer. The shuffling is keyed by the epoch here, so that a resumed run sees the same batches.
+# `attached` has one `state_dict` for all callbacks and the count of updates. It goes into the checkpoint beside
+# model and optimizer. The shuffling is keyed by the epoch here, so that a resumed run sees the same batches.
 
 
 # %%
@@ -168,7 +170,8 @@ figure.savefig("gradient_norm.png")
 #
 # ## Good to know
 #
-# - Two callbacks that want the same thing, such as the first layer's gradient, are refused when they are attached.
+# - Two callbacks that want the same thing, such as the first layer's gradient, are refused when they are
+#   attached.
 # - A callback that finds nothing to act on says so in a warning.
 # - Call the model itself: hooks run on `model(x)`, not on `model.forward(x)`.
 # - With accelerate, `accelerator.register_for_checkpointing(attached)` does what the checkpoint did here.

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # A curriculum of frequencies
 #
-# EfficientTrain begins with small images and ends with whole ones. Small images cost less, so the run gets shorter. How
-# images are made small matters to it: the Fourier crop keeps all low frequencies exactly as they are and drops the rest.
+# EfficientTrain begins with small images and ends with whole ones. Small images cost less, so the run gets
+# shorter. How images are made small matters to it: the Fourier crop keeps all low frequencies exactly as they are
+# and drops the rest.
 #
 # This notebook shows what the crop keeps, draws the schedule and trains with it.
 
@@ -20,14 +21,14 @@ from leaven.curricula import ET, ET_PP, EfficientTrain, fourier_crop, resize
 
 smoke = bool(os.environ.get("SMOKE"))  # a short run that only shows that everything works
 plt.style.use("seaborn-v0_8-colorblind")
-plt.rcParams["figure.dpi"] = 90
+plt.rcParams["figure.dpi"] = 75
 
 # %% [markdown]
 # ## What the crop keeps
 #
-# A photo of 224x224 pixels, made small in three ways. The spectrum below each picture is of the picture above, drawn on
-# the axes of the original: 0 in the middle, high frequencies outside. (Photo: china.jpg by danielbuechele, CC BY 2.0, as
-# it comes with scikit-learn.)
+# A photo of 224x224 pixels, made small in three ways. The spectrum below each picture is of the picture above,
+# drawn on the axes of the original: 0 in the middle, high frequencies outside. (Photo: china.jpg by
+# danielbuechele, CC BY 2.0, as it comes with scikit-learn.)
 
 # %%
 photo = torch.tensor(load_sample_images().images[0]).permute(2, 0, 1) / 255
@@ -46,7 +47,7 @@ def spectrum(image: torch.Tensor) -> torch.Tensor:
     return torch.fft.fftshift(torch.fft.fft2(image[0].mean(0), norm="forward").abs())
 
 
-figure, grid = plt.subplots(2, 4, figsize=(9, 4.3), layout="constrained")
+figure, grid = plt.subplots(2, 4, figsize=(8.6, 4.2), layout="constrained")
 for axes, (name, image) in zip(grid.T, {"original": photo, **small}.items(), strict=True):
     side = image.shape[-1]
     axes[0].imshow(image[0].permute(1, 2, 0).clamp(0, 1))
@@ -64,9 +65,9 @@ figure.savefig("fourier_crop.png")
 # %% [markdown]
 # The pictures look alike, and the difference is in the spectra. Divide each by the original's, ring by ring.
 #
-# The Fourier crop is at 1 up to the border of its square: nothing that fits is changed. An antialiased resize dampens the
-# upper half of what it could keep. A plain resize lets high frequencies fold back into low ones, where the network takes
-# them for content.
+# The Fourier crop is at 1 up to the border of its square: nothing that fits is changed. An antialiased resize
+# dampens the upper half of what it could keep. A plain resize lets high frequencies fold back into low ones,
+# where the network takes them for content.
 
 # %%
 frequency = torch.arange(96) - 48
@@ -90,9 +91,10 @@ figure.savefig("frequency_response.png")
 # %% [markdown]
 # ## The schedule
 #
-# `ET` is EfficientTrain's, `ET_PP` that of EfficientTrain++; both are made for 224 pixels and scaled to other sizes.
-# The first counts updates. The second counts computation, so that its small images last longer. Augmentation grows with
-# the images. A schedule is a pure function of progress: a run resumes in the middle of it without further state.
+# `ET` is EfficientTrain's, `ET_PP` that of EfficientTrain++; both are made for 224 pixels and scaled to other
+# sizes. The first counts updates. The second counts computation, so that its small images last longer.
+# Augmentation grows with the images. A schedule is a pure function of progress: a run resumes in the middle of it
+# without further state.
 
 # %%
 progress = torch.linspace(0, 1, 500)
@@ -109,13 +111,14 @@ for axes in (upper, lower):
 figure.savefig("schedule.png")
 
 # %% [markdown]
-# "Less computation" takes an image to cost its area. Small images cost more than that on most machines, so measure before
-# you promise: `schedule.speedup(cost)` takes your own measured cost of an image of each size.
+# "Less computation" takes an image to cost its area. Small images cost more than that on most machines, so
+# measure before you promise: `schedule.speedup(cost)` takes your own measured cost of an image of each size.
 #
 # ## A short training
 #
-# One more callback on one line. In training mode the network sees small images first; in eval mode it sees whole ones.
-# The data are scikit-learn's digits at 32 pixels. They show that it works; they are no evidence for the method.
+# One more callback on one line. In training mode the network sees small images first; in eval mode it sees whole
+# ones. The data are scikit-learn's digits at 32 pixels. They show that it works; they are no evidence for the
+# method.
 
 # %%
 digits = load_digits()
@@ -164,5 +167,6 @@ figure.savefig("curriculum.png")
 print(f"at the end: whole images {whole[-1][1]:.1%}, EfficientTrain {grown[-1][1]:.1%}")
 
 # %% [markdown]
-# In a recipe it is `--callbacks efficienttrain`; `recipes/schedule_search.py` looks for the sizes that suit your own data
-# and network. Wang et al., *EfficientTrain*, ICCV 2023, and *EfficientTrain++*, TPAMI 2024, are the papers.
+# In a recipe it is `--callbacks efficienttrain`; `recipes/schedule_search.py` looks for the sizes that suit your
+# own data and network. Wang et al., *EfficientTrain*, ICCV 2023, and *EfficientTrain++*, TPAMI 2024, are the
+# papers.

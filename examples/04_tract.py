@@ -1,11 +1,11 @@
 # %% [markdown]
 # # TrAct: a first layer that learns faster
 #
-# The gradient of a weight is a sum of inputs. In a first layer the inputs are pixels, and neighbouring pixels are nearly
-# the same. So most of the gradient goes into what all patches share, and little into edges and colours. TrAct multiplies
-# the gradient of the first layer by (C + lam I)^-1, where C is the second moment of the patches. What varies little in
-# the images is then learnt as fast as what varies much. The forward pass, the other layers and the file with the weights
-# stay as they are.
+# The gradient of a weight is a sum of inputs. In a first layer the inputs are pixels, and neighbouring pixels are
+# nearly the same. So most of the gradient goes into what all patches share, and little into edges and colours.
+# TrAct multiplies the gradient of the first layer by (C + lam I)^-1, where C is the second moment of the patches.
+# What varies little in the images is then learnt as fast as what varies much. The forward pass, the other layers
+# and the file with the weights stay as they are.
 
 # %%
 import os
@@ -26,9 +26,9 @@ plt.rcParams["figure.dpi"] = 90
 # %% [markdown]
 # ## Something to learn without labels
 #
-# Crops of the two photos that come with scikit-learn (china.jpg by danielbuechele, flower.jpg by vultilion, both CC BY
-# 2.0), each turned by a quarter, a half, three quarters or not at all. The network tells which: this is RotNet. Two
-# photos are enough to look at a first layer, and are no evidence for the method.
+# Crops of the two photos that come with scikit-learn (china.jpg by danielbuechele, flower.jpg by vultilion, both
+# CC BY 2.0), each turned by a quarter, a half, three quarters or not at all. The network tells which: this is
+# RotNet. Two photos are enough to look at a first layer, and are no evidence for the method.
 
 # %%
 photos = [torch.tensor(photo).permute(2, 0, 1) / 255 for photo in load_sample_images().images]
@@ -51,8 +51,8 @@ def crops(count: int, generator: torch.Generator, side: int = 48) -> torch.Tenso
 # %% [markdown]
 # ## What the first layer sees
 #
-# The network is a thin ResNet whose first layer has filters of 7x7 pixels. C, the second moment of its patches, has 147
-# directions. A few of them have nearly all of the variance.
+# The network is a thin ResNet whose first layer has filters of 7x7 pixels. C, the second moment of its patches,
+# has 147 directions. A few of them have nearly all of the variance.
 
 
 # %%
@@ -124,9 +124,9 @@ figure.savefig("tract_loss.png")
 #
 # ## The filters
 #
-# After so few updates a filter is still mostly the noise it began with. So look at what the updates have added to it, for
-# 24 of the filters. Without TrAct it is smooth: mean colours and slow changes, which is where the patches vary most. With
-# TrAct the fine directions have been learnt too.
+# After so few updates a filter is still mostly the noise it began with. So look at what the updates have added to
+# it, for 24 of the filters. Without TrAct it is smooth: mean colours and slow changes, which is where the patches
+# vary most. With TrAct the fine directions have been learnt too.
 
 
 # %%
@@ -150,9 +150,9 @@ figure.savefig("filters.png")
 # %% [markdown]
 # ## In your own training
 #
-# - `attach(model, optimizer, TrAct(), total_steps=...)` finds the first layer by following an image through the model.
-#   `TrAct(layers=["patch_embed.proj"])` names it.
-# - Images must be normalised to mean 0 and standard deviation 1: `lam` is in units of their variance. The paper takes
-#   0.1, 0.05 for short and 0.2 for long runs.
+# - `attach(model, optimizer, TrAct(), total_steps=...)` finds the first layer by following an image through the
+#   model. `TrAct(layers=["patch_embed.proj"])` names it.
+# - Images must be normalised to mean 0 and standard deviation 1: `lam` is in units of their variance. The paper
+#   takes 0.1, 0.05 for short and 0.2 for long runs.
 # - Only a gradient changes. The optimizer, mixed precision, DDP and the exported file know nothing of it.
 # - Petersen et al., *TrAct: Making First-layer Pre-Activations Trainable*, NeurIPS 2024, is the paper.

@@ -3,7 +3,7 @@
     python examples/make_notebooks.py                       # all of them, about ten minutes on one core
     python examples/make_notebooks.py examples/04_tract.py
 
-Needs `pip install nbclient ipykernel`. A notebook holds nothing that changes from one run to the next by itself: no
+Needs `pip install nbclient ipykernel ipywidgets`. A notebook holds nothing that changes from one run to the next by itself: no
 times, no random names, no path of this machine.
 """
 
