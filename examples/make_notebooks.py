@@ -3,11 +3,10 @@
     python examples/make_notebooks.py                       # all of them, about ten minutes on one core
     python examples/make_notebooks.py examples/04_tract.py
 
-Needs `pip install nbclient ipykernel ipywidgets`. A notebook holds nothing that changes from one run to the next by itself: no
-times, no random names, no path of this machine.
+Needs `pip install -e ".[examples]"`. A notebook holds nothing that changes by itself from one run to the
+next: no times, no random names, no path of this machine.
 """
 
-import json
 import os
 import re
 import sys
@@ -52,7 +51,11 @@ def make(script: Path) -> None:
     notebook = nbformat.v4.new_notebook(cells=cells)
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
-            notebook, timeout=None, record_timing=False, resources={"metadata": {"path": folder}}
+            notebook,
+            timeout=None,
+            record_timing=False,
+            coalesce_streams=True,  # or a cell's lines are cut up by chance
+            resources={"metadata": {"path": folder}},
         )
         client.execute()
     for cell in cells:
@@ -62,7 +65,7 @@ def make(script: Path) -> None:
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     path = script.with_suffix(".ipynb")
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    nbformat.write(notebook, path)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
