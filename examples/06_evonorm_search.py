@@ -36,16 +36,16 @@ plt.rcParams["figure.dpi"] = 90
 # s is a standard deviation, r a root mean square, and the letters below it say over which axes: b over the batch,
 # w and h over the map, g over a group of channels. A scale and a shift for each channel follow every layer.
 
-
 # %%
 def show(genomes: dict[str, Genome], path: str) -> None:
     """Formulas below each other, as mathematics."""
-    figure = plt.figure(figsize=(7, 0.6 * len(genomes)))
+    figure, axes = plt.subplots(figsize=(7, 0.6 * len(genomes)), layout="constrained")
+    axes.axis("off")
     for i, (name, genome) in enumerate(genomes.items()):
         formula = genome.formula(latex=True).replace(r"\frac", r"\dfrac")
         height = 1 - (i + 0.5) / len(genomes)
-        figure.text(0.02, height, name, va="center", fontsize=10)
-        figure.text(0.3, height, f"${formula}$", va="center", fontsize=13)
+        axes.text(0.02, height, name, va="center", fontsize=10)
+        axes.text(0.25, height, f"${formula}$", va="center", fontsize=13)
     figure.savefig(path)
 
 
@@ -97,16 +97,15 @@ for name in ("bn_relu", "evonorm_s0"):
 # %% [markdown]
 # ## The search
 #
-# Ageing evolution: the winner of a small tournament has one node changed, and the oldest member leaves. It begins
-# with EvoNorm-S0, so that there is something that learns. `search` asks for candidates and has them judged, one
-# after another here, on a process pool or a cluster with `executor`; with `journal` a stopped search goes on
-# where it was.
+# Ageing evolution: the winner of a tournament has one node changed, and the oldest member leaves. It begins with
+# the published S layers, so that there is something that learns. `search` asks for candidates and has them
+# judged, one after another here, on a process pool or a cluster with `executor`; with `journal` a stopped search
+# goes on where it was.
 
 # %%
-evolution = AgeingEvolution(
-    space, population=10, tournament=0.4, winner="average", start=[Genome.named("evonorm_s0")], accept=checks
-)
-search(evolution, score, candidates=4 if smoke else 30)
+start = [Genome.named(name) for name in ("evonorm_s0", "evonorm_s1", "evonorm_s2")]
+evolution = AgeingEvolution(space, population=6, tournament=1.0, start=start, accept=checks)
+search(evolution, score, candidates=4 if smoke else 36, round_size=3)
 
 print(f"{evolution.looked_at} graphs looked at; rejected while being judged: {len(evolution.rejected)}")
 

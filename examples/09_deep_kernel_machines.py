@@ -83,7 +83,7 @@ test_images, test_labels = images[test], labels[test]
 torch.manual_seed(0)
 backbone = timm.create_model("resnet10t", num_classes=10, channels=(32, 64, 128, 256))
 optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-3, weight_decay=0.05)
-for _ in range(2 if smoke else 150):
+for _ in range(2 if smoke else 250):
     rows = torch.randint(len(train_images), (64,))
     F.cross_entropy(backbone(train_images[rows]), train_labels[rows]).backward()
     optimizer.step()
@@ -99,10 +99,10 @@ half = len(test_images) // 2
 head_images, head_labels = test_images[:half], test_labels[:half]
 judged_images, judged_labels = test_images[half:], test_labels[half:]
 
-head = DKMHead(backbone, 10, n_data=half, n_inducing=20 if smoke else 60, nu=100.0)
+head = DKMHead(backbone, 10, n_data=half, n_inducing=20 if smoke else 60)
 head.init_inducing(head_images.split(64))
-optimizer = torch.optim.Adam(head.param_groups(lr=0.01))
-for _ in range(2 if smoke else 150):
+optimizer = torch.optim.Adam(head.param_groups(lr=0.03))
+for _ in range(2 if smoke else 400):
     rows = torch.randint(half, (64,))
     head(head_images[rows], head_labels[rows]).loss.backward()
     optimizer.step()
@@ -112,7 +112,7 @@ for _ in range(2 if smoke else 150):
 # ## Does it know how sure it is?
 #
 # Of all images about which a classifier is 80 % sure, it should be right on 80 %. The diagram shows how often it
-# is. Below the diagonal it is too sure of itself.
+# is. Below the diagonal it is too sure of itself, above it not sure enough.
 
 # %%
 with torch.no_grad():

@@ -54,6 +54,12 @@ def test_notebook_was_run_and_nothing_failed(example: Path) -> None:
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
     assert any("image/png" in output.get("data", ()) for output in outputs), "no picture"
+    figures = [
+        output
+        for output in outputs
+        if "".join(output.get("data", {}).get("text/plain", "")).startswith("<Figure")
+    ]
+    assert all("image/png" in output["data"] for output in figures), "a figure without axes is not shown"
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"]
     assert notebook.stat().st_size < LARGEST
