@@ -36,6 +36,7 @@ plt.rcParams["figure.dpi"] = 90
 # s is a standard deviation, r a root mean square, and the letters below it say over which axes: b over the batch,
 # w and h over the map, g over a group of channels. A scale and a shift for each channel follow every layer.
 
+
 # %%
 def show(genomes: dict[str, Genome], path: str) -> None:
     """Formulas below each other, as mathematics."""

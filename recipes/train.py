@@ -74,9 +74,10 @@ class TrainSettings(CurriculumSettings):
     cutmix: float = flag(0.0, "CutMix's alpha; 0: without. With both, each batch gets one of them")
     aug_repeats: int = flag(1, "repeated augmentation: views of an image in an epoch, of fewer images")
     tract_lam: float = flag(0.1, "damping of the callback tract")
+    eval_every: int = flag(1, "epochs between measurements on the held-out images")
     crop_pct: float = flag(0.95, "share of the resized held-out image that the centre crop keeps, per side")
 
-    FREE = CurriculumSettings.FREE | {"crop_pct"}
+    FREE = CurriculumSettings.FREE | {"eval_every", "crop_pct"}
     CALLBACKS = ("efficienttrain", "ema", "tract", *EVONORMS)
 
     @property

@@ -3,12 +3,19 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 # One thread: sums come out in the same order on every machine, so that bit-equality tests mean something, and
 # the tiny tensors of this suite run faster without threads to wake.
 torch.set_num_threads(1)
+
+# Time says how busy the machine is, not whether the code is right.
+hypothesis.settings.register_profile(
+    "calm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("calm")
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from leaven.callbacks import EMA
 from leaven.curricula import ET, ET_PP, ET_PP_DEIT, EfficientTrain, Schedule, Stage
 from leaven.curricula.replay import ReplayBuffer
+from leaven.recipes.common.average import AverageSettings
 from leaven.recipes.common.data import KeyedLoader
 from leaven.recipes.common.flags import UserError, flag
 from leaven.recipes.common.sampler import BatchSpec
 from leaven.recipes.common.schedule import Plan
-from leaven.recipes.common.start import LoopSettings
 
 SCHEDULES = {"et": ET, "et_pp": ET_PP, "et_pp_deit": ET_PP_DEIT}
 # What the loader can shrink by itself, on the way from the file to the crop.
@@ -24,7 +23,7 @@ BY_LOADER = ("bicubic", "bilinear")
 
 
 @dataclass
-class CurriculumSettings(LoopSettings):
+class CurriculumSettings(AverageSettings):
     """The flags of recipes that train under callbacks."""
 
     callbacks: tuple[str, ...] = flag(
@@ -42,14 +41,12 @@ class CurriculumSettings(LoopSettings):
         "how images shrink: the first two on the device, the others in the loader, which saves it work",
     )
     replay_buffer: int = flag(0, "images to keep and train on again while they are small (et_pp); 0: none")
-    model_ema_decay: float | None = flag(None, "decay of the weights' moving average; none: no average")
-    model_ema_warmup: bool = flag(False, "let that decay grow with the updates; for short runs")
-    eval_every: int = flag(1, "epochs between measurements on the held-out images")
 
-    FREE = LoopSettings.FREE | {"eval_every"}
     CALLBACKS: ClassVar[tuple[str, ...]] = ("efficienttrain", "ema")
 
     def __post_init__(self) -> None:
+        if "ema" in self.callbacks and self.model_ema_decay is None:
+            self.model_ema_decay = 0.9999
         super().__post_init__()
         for name in self.callbacks:
             if name not in self.CALLBACKS:
@@ -66,12 +63,6 @@ class CurriculumSettings(LoopSettings):
                         f"--{name.replace('_', '-')} is of a curriculum: add --callbacks efficienttrain"
                     )
         read_schedule(self.curriculum)
-        if "ema" in self.callbacks and self.model_ema_decay is None:
-            self.model_ema_decay = 0.9999
-        if self.model_ema_warmup and self.model_ema_decay is None:
-            raise UserError("--model-ema-warmup is of an average: add --model-ema-decay or --callbacks ema")
-        if self.model_ema_decay is not None and not 0 <= self.model_ema_decay <= 1:
-            raise UserError(f"--model-ema-decay must be between 0 and 1, got {self.model_ema_decay}")
         if self.loader_op is not None and self.augment_on == "device":
             raise UserError(
                 f"--curriculum-op {self.curriculum_op} works in the loader: with --augment-on device take fourier"
@@ -82,12 +73,6 @@ class CurriculumSettings(LoopSettings):
         """The interpolation by which the loader makes images smaller under the curriculum, if it does."""
         under = "efficienttrain" in self.callbacks and self.curriculum_op in BY_LOADER
         return self.curriculum_op if under else None
-
-    def average(self) -> EMA | None:
-        """The weights' moving average, if one is wanted; to be attached."""
-        if self.model_ema_decay is None:
-            return None
-        return EMA(self.model_ema_decay, self.model_ema_warmup)
 
 
 def read_schedule(text: str) -> Schedule:

@@ -20,8 +20,9 @@ class PretrainSettings(CurriculumSettings):
     """The flags of these recipes."""
 
     probe_images: int = flag(5000, "labelled images at most, of each part, for kNN and linear probe")
+    eval_every: int = flag(1, "epochs between measurements of the callback knn")
 
-    FREE = CurriculumSettings.FREE | {"probe_images"}
+    FREE = CurriculumSettings.FREE | {"probe_images", "eval_every"}
     CALLBACKS = ("efficienttrain", "ema", "knn")
 
     def __post_init__(self) -> None:

@@ -95,7 +95,7 @@ def test_large_damping_gives_the_plain_gradient_over_lam() -> None:
     torch.testing.assert_close(1e9 * tract_gradient(g, x.T @ x / 40, 1e9), g, rtol=1e-7, atol=1e-7)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 10**6), st.floats(1e-4, 1e3))
 def test_descends_turns_with_the_inputs_and_vanishes_with_the_gradient(seed: int, lam: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -155,7 +155,7 @@ def brute_force(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, int]:
     return torch.stack(totals), count
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stride=st.integers(1, 4),

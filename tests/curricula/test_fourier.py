@@ -154,7 +154,7 @@ def test_centre_aligned_crops_commute_with_flips_and_quarter_turns(size: int, bo
     assert corner.abs().max() > 0.1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     height=st.integers(2, 24),
     width=st.integers(2, 24),

@@ -15,7 +15,7 @@ def maps(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from(["ortho", "backward"]))
 def test_removing_the_mean_is_removing_a_cosine_coefficient(h: int, w: int, norm: str) -> None:
     x = maps(2, 3, h, w) + 2

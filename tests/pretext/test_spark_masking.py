@@ -17,7 +17,7 @@ def test_paper_counts() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(0.05, 0.95), st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_exact_count_in_every_image(fh: int, fw: int, ratio: float, batch: int) -> None:
     keep = round(fh * fw * (1 - ratio))
     if not 0 < keep < fh * fw:

@@ -407,7 +407,7 @@ FORMATS = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(FORMATS),
     cut=st.floats(0, 1),
