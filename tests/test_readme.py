@@ -34,7 +34,7 @@ def test_the_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "val_labels": labels[:8],
     }
     snippets = blocks("python")
-    assert len(snippets) == 11
+    assert len(snippets) == 5
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), have)
     assert [update for update, _ in have["probe"].history] == [2, 4]
