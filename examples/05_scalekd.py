@@ -128,6 +128,10 @@ figure.savefig("scalekd.png")
 print(f"fifty labels {alone[-1][1]:.1%}, ScaleKD {taught[-1][1]:.1%}")
 
 # %% [markdown]
+# The comparison is of what there is to learn from, not of methods: the teacher has seen all labels, and its
+# student all images. The student may well surpass so small a teacher, since a ResNet takes to small images more
+# easily.
+#
 # ## Out comes a plain network
 #
 # The teacher was never among the parameters, so it is in no checkpoint and no optimizer. `export` writes the

@@ -120,7 +120,7 @@ axes.plot(numbers, scores, "o", markersize=5, label="candidate")
 axes.plot(numbers, best_so_far, drawstyle="steps-post", color="#D55E00", label="best so far")
 axes.set(xlabel="candidate", ylabel="accuracy on images kept apart", ylim=(0, 1))
 axes.grid(alpha=0.3)
-axes.legend(loc="lower right")
+axes.legend(loc="center left")
 figure.savefig("search.png")
 
 # %% [markdown]
@@ -169,5 +169,8 @@ print(
 print(found.report)
 
 # %% [markdown]
+# A layer that wins sixty updates of one small network need not win elsewhere. That is why the paper scores every
+# candidate in three networks, and why its best are trained again before anybody believes them.
+#
 # Liu et al., *Evolving Normalization-Activation Layers*, NeurIPS 2020, is the paper; it judges thousands of
 # candidates on CIFAR-10. `recipes/evonorm_search.py` does that on your own images.

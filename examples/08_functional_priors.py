@@ -125,6 +125,9 @@ panels[0].legend(fontsize=7, loc="upper left")
 figure.savefig("posteriors.png")
 
 # %% [markdown]
+# Right of the data the usual prior is surer than the process, and the matched prior is nearer to it. In the gap
+# the matched prior is less sure than the process: six standard deviations can be matched only so far.
+#
 # R-hat compares chains with each other. Near 1 they agree; above 1.1 let them run longer before you believe the
 # bands.
 #
