@@ -3,10 +3,13 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "Bin",
@@ -130,13 +133,18 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     return float(roc_auc_score(strange.numpy(), scores.numpy()))
 
 
-def reliability_plot(scores: Calibration, path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw accuracy over confidence, and below it how many predictions there are, as a PNG.
+def reliability_plot(
+    scores: Calibration, path: str | os.PathLike[str] | None = None, title: str = ""
+) -> "Figure":
+    """Draw accuracy over confidence, and below it how many predictions there are.
 
     Args:
         scores: of `calibration`.
-        path: of the file.
+        path: of a PNG to write, if any.
         title: above the picture, before ECE and NLL.
+
+    Returns:
+        A figure of matplotlib, which notebooks show.
     """
     from matplotlib.figure import Figure
 
@@ -154,7 +162,9 @@ def reliability_plot(scores: Calibration, path: str | os.PathLike[str], title: s
     lower.set_xlabel("confidence")
     lower.set_ylabel("images")
     lower.set_xlim(0, 1)
-    figure.savefig(path, dpi=120)
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
 
 
 def _checked(probs: Tensor, labels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@
 # %%
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -18,11 +19,17 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from leaven.callbacks import EvoNorm, attach
-from leaven.callbacks.evonorm import NAMED, Genome, SearchSpace
-from leaven.callbacks.evonorm.checks import FreeChecks
-from leaven.callbacks.evonorm.evolution import AgeingEvolution
-from leaven.callbacks.evonorm.judging import Budget, Task, judge
-from leaven.callbacks.evonorm.search import search
+from leaven.callbacks.evonorm import (
+    NAMED,
+    AgeingEvolution,
+    Budget,
+    FreeChecks,
+    Genome,
+    SearchSpace,
+    Task,
+    judge,
+    search,
+)
 
 smoke = bool(os.environ.get("SMOKE"))  # a short run that only shows that everything works
 plt.style.use("seaborn-v0_8-colorblind")
@@ -86,12 +93,7 @@ images = (images - images.mean()) / images.std()
 labels = torch.tensor(digits.target)
 task = Task(images[:1000], labels[:1000], images[1000:1400], labels[1000:1400], classes=10)
 budget = Budget(steps=8 if smoke else 60, batch_size=32, quality_steps=0, stability_steps=2 if smoke else 5)
-
-
-def score(genome: str) -> dict:
-    return judge(Genome.from_json(genome), task, budget, anchors=["mobilenet"])
-
-
+score = partial(judge, task=task, budget=budget, anchors=["mobilenet"])
 for name in ("bn_relu", "evonorm_s0"):
     print(name, score(Genome.named(name).to_json()))
 

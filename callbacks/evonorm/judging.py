@@ -197,15 +197,20 @@ def stability(model: nn.Module, task: Task, budget: Budget, seed: int) -> float:
 
 
 def judge(
-    genome: Genome, task: Task, budget: Budget, anchors: Sequence[str] = tuple(ANCHORS), seed: int = 0
+    genome: Genome | str, task: Task, budget: Budget, anchors: Sequence[str] = tuple(ANCHORS), seed: int = 0
 ) -> Any:
     """Scores of a genome on every anchor, in their order, or why it is rejected.
 
-    Quality is looked at on all anchors before any is trained to the end.
+    Args:
+        genome: or JSON, as `search` gives it.
+        task, budget: the images, and how to train on them.
+        anchors: by name, the hardest first.
+        seed: of weights and batches.
 
     Returns:
         ``{"scores": [...]}`` or ``{"rejected": reason}``, which JSON can hold.
     """
+    genome = Genome.from_json(genome) if isinstance(genome, str) else genome
     factory = partial(EvolvedNormAct2d, genome)
     scores = []
     try:
@@ -243,4 +248,4 @@ def judge_file(
         genome: as JSON.
     """
     torch.set_num_threads(max(1, _THREADS // jobs))
-    return judge(Genome.from_json(genome), _task(path, classes), budget, anchors, seed)
+    return judge(genome, _task(path, classes), budget, anchors, seed)

@@ -128,19 +128,23 @@ class ScaleKD(nn.Module):
         self.spatial4 = projector(fourth.channels, widths[1], h4, fourth.grid, None)
         self.frequency4 = projector(fourth.channels, widths[1], h4, fourth.grid, None)
 
-    def forward(self, images: Tensor, targets: Tensor, teacher: Targets | None = None) -> Output:
+    def forward(
+        self, images: Tensor, targets: Tensor | None = None, teacher: Targets | None = None
+    ) -> Output:
         """The loss of a batch.
 
         Args:
             images: (B, C, H, W), normalised for the student.
-            targets: class indices (B,), or soft labels (B, N).
+            targets: class indices (B,), or soft labels (B, N). Where all weight is on the teacher's logits,
+                kd_weight=1, there need be none: images without labels distil, too.
             teacher: of `CachedTargets`, in place of a pass of the teacher.
 
         Returns:
             The loss, and as logs its parts, weighted: ce, kd, spatial3, frequency3, spatial4, frequency4; and top1.
 
         Raises:
-            ValueError: the student gives no logits, or the teacher's are not of its classes.
+            ValueError: the student gives no logits, or the teacher's are not of its classes; no targets where the
+                labels have weight.
         """
         logits, (third, fourth) = tapped(self.backbone, self.taps, images)
         if teacher is None:
@@ -149,7 +153,7 @@ class ScaleKD(nn.Module):
         parts = self._of_logits(logits, teacher.logits, targets)
         parts |= self._of_features(third, fourth, teacher)
         logs = {name: part.detach() for name, part in parts.items()}
-        if targets.ndim == 1:
+        if targets is not None and targets.ndim == 1:
             logs["top1"] = (logits.detach().argmax(1) == targets).float().mean()
         return Output(torch.stack(list(parts.values())).sum(), logs)
 
@@ -175,9 +179,16 @@ class ScaleKD(nn.Module):
         tables = {name for name, _ in self.named_parameters() if name.endswith((".queries", ".key_position"))}
         return {f"backbone.{name}" for name in own()} | tables
 
-    def _of_logits(self, logits: Tensor, teachers: Any, targets: Tensor) -> dict[str, Tensor]:
-        smoothing = self.smoothing if targets.ndim == 1 else 0.0
-        parts = {"ce": (1 - self.kd_weight) * F.cross_entropy(logits, targets, label_smoothing=smoothing)}
+    def _of_logits(self, logits: Tensor, teachers: Any, targets: Tensor | None) -> dict[str, Tensor]:
+        parts = {}
+        if targets is not None:
+            smoothing = self.smoothing if targets.ndim == 1 else 0.0
+            ce = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+            parts["ce"] = (1 - self.kd_weight) * ce
+        elif self.kd_weight != 1:
+            raise ValueError(
+                f"targets are needed at kd_weight={self.kd_weight:g}; without labels give kd_weight=1"
+            )
         if self.kd_weight:
             if not isinstance(teachers, Tensor) or teachers.shape != logits.shape:
                 raise ValueError(

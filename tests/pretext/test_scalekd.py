@@ -133,6 +133,19 @@ def test_without_weights_it_is_the_labels_loss() -> None:
     assert "kd" not in output.logs
 
 
+def test_images_without_labels_distil() -> None:
+    x, y = batch()
+    distil = objective(kd_weight=1.0).eval()
+    with_labels, without = distil(x, y), distil(x)
+    assert "ce" not in without.logs
+    assert "top1" not in without.logs
+    torch.testing.assert_close(without.loss, with_labels.loss)
+    with pytest.raises(
+        ValueError, match=r"targets are needed at kd_weight=0\.5; without labels give kd_weight=1"
+    ):
+        objective()(x)
+
+
 def test_the_gradient_of_the_logits_is_that_of_the_divergence() -> None:
     x, y = batch()
     distil = objective(kd_weight=1.0, alpha_spatial=0.0, alpha_freq=0.0).eval()
