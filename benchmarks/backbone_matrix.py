@@ -53,7 +53,7 @@ SMALLER = {
     "vision_transformer_sam": "samvit_base_patch16_224 depth=4",
 }
 CLASSES, MOST = 10, 90e6
-SMALL = (64, 128)
+SMALL = (64, 128, 112)  # for patches of 16 and of 14
 LABELS = torch.tensor([1, 7])
 THIRDS = Schedule((Stage(1 / 3, 160), Stage(2 / 3, 192), Stage(1.0, 224)))
 

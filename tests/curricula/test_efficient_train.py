@@ -173,7 +173,9 @@ class Auxiliary(nn.Module):
 def test_sizes_are_tried_in_training_mode_too_where_it_runs_at_all() -> None:
     model = Auxiliary()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(AttachError, match=r"Auxiliary does not run on images of 8x8 \(Calculated padded input size"):
+    with pytest.raises(
+        AttachError, match=r"Auxiliary does not run on images of 8x8 \(Calculated padded input size"
+    ):
         attach(model, optimizer, EfficientTrain(SCHEDULE, image_size=16, multiple=8), total_steps=2)
     detector = Auxiliary(targets=True)
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.1)
