@@ -102,8 +102,9 @@ def supervised(name: str, size: int) -> Supervised:
 
 def spark(name: str, size: int) -> str:
     objective = SparK(network(name, size), decoder_width=64)
-    objective.check_image_size(size, size)
-    return updated(objective, images(size))
+    whole = max(size // objective.mask_cell, 2) * objective.mask_cell  # of two cells by two at least
+    objective.check_image_size(whole, whole)
+    return updated(objective, images(whole))
 
 
 def rotnet(name: str, size: int) -> str:

@@ -18,10 +18,6 @@ _COMES_TO = (
     ),
     (r"SparK needs feature maps whose reductions .*", "its maps are no powers of two smaller than the image"),
     (
-        r"image size \S+ is not a multiple of the mask cell.*",
-        "its image size is not a multiple of the mask cell",
-    ),
-    (
         r".* \((\d+%) of the backbone's parameters\) .*",
         "this share of it, behind the last map, stays as it is; a warning names the layers",
     ),
