@@ -53,7 +53,7 @@ SMALLER = {
     "vision_transformer_sam": "samvit_base_patch16_224 depth=4",
 }
 CLASSES, MOST = 10, 90e6
-SMALL = (64, 128)
+SMALL = (64, 128, 112)  # for patches of 16 and of 14
 LABELS = torch.tensor([1, 7])
 THIRDS = Schedule((Stage(1 / 3, 160), Stage(2 / 3, 192), Stage(1.0, 224)))
 
@@ -102,8 +102,9 @@ def supervised(name: str, size: int) -> Supervised:
 
 def spark(name: str, size: int) -> str:
     objective = SparK(network(name, size), decoder_width=64)
-    objective.check_image_size(size, size)
-    return updated(objective, images(size))
+    whole = max(size // objective.mask_cell, 2) * objective.mask_cell  # of two cells by two at least
+    objective.check_image_size(whole, whole)
+    return updated(objective, images(whole))
 
 
 def rotnet(name: str, size: int) -> str:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any, overload
 
@@ -245,20 +246,33 @@ class EfficientTrain(Callback):
     def _try_sizes(self, backbone: nn.Module) -> None:
         from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, reason_of, untouched
 
-        for size in dict.fromkeys([self.image_size, *self.shapes()]):
+        unlike = (*UNSUITABLE, TypeError, IndexError, KeyError, AttributeError)
+
+        def run(size: Size, training: bool) -> None:
             # Eagerly: a model that is to be compiled would be compiled for these images too.
             with untouched(backbone), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                try:
-                    first_that_runs(backbone, candidate_images(backbone, size))
-                except (*UNSUITABLE, TypeError, IndexError, KeyError, AttributeError) as error:
-                    if size == self.image_size and not isinstance(error, UNSUITABLE):
-                        return  # an objective that asks for more than images cannot be tried
-                    raise AttachError(
-                        f"{type(backbone).__name__} does not run on images of {_words(size)} ({reason_of(error)}). "
-                        "timm's ViTs and Swins do if built with dynamic_img_size=True or strict_img_size=False, as the "
-                        "recipes build them; for a network of one size, take another, or in Python resize_back=True, "
-                        "which saves nothing"
-                    ) from error
+                backbone.train(training)
+                first_that_runs(lambda x: backbone(torch.cat([x, x])), candidate_images(backbone, size))
+
+        modes = [False]
+        for size in dict.fromkeys([self.image_size, *self.shapes()]):
+            try:
+                for training in modes:
+                    run(size, training)
+            except unlike as error:
+                if size == self.image_size and not isinstance(error, UNSUITABLE):
+                    return  # an objective that asks for more than images cannot be tried
+                raise AttachError(
+                    f"{type(backbone).__name__} does not run on images of {_words(size)} ({reason_of(error)}). timm's "
+                    "ViTs and Swins do if built with dynamic_img_size=True or strict_img_size=False, as the recipes "
+                    "build them; for a network of one size, take another, or in Python resize_back=True, which saves "
+                    "nothing"
+                ) from error
+            if size == self.image_size:
+                # Auxiliary classifiers run in training alone. So do detectors' losses, which ask for targets.
+                with suppress(*unlike):
+                    run(size, True)
+                    modes = [False, True]
 
 
 def _each(function: Callable[[Tensor], Tensor], targets: Targets) -> Targets:

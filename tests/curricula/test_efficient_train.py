@@ -154,6 +154,34 @@ def test_targets_go_along_as_a_plain_function() -> None:
 # --- backbones of one size ----------------------------------------------------------------------------------
 
 
+class Auxiliary(nn.Module):
+    """A classifier beside the trunk that runs in training alone and needs 9 pixels and more, as Inception's do."""
+
+    def __init__(self, targets: bool = False) -> None:
+        super().__init__()
+        self.trunk, self.side, self.targets = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 7), targets
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.trunk(x)
+        if not self.training:
+            return y.mean((2, 3))
+        if self.targets:
+            raise ValueError("targets should not be None in training mode")
+        return y.mean((2, 3)) + self.side(y).mean()
+
+
+def test_sizes_are_tried_in_training_mode_too_where_it_runs_at_all() -> None:
+    model = Auxiliary()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(
+        AttachError, match=r"Auxiliary does not run on images of 8x8 \(Calculated padded input size"
+    ):
+        attach(model, optimizer, EfficientTrain(SCHEDULE, image_size=16, multiple=8), total_steps=2)
+    detector = Auxiliary(targets=True)
+    optimizer = torch.optim.SGD(detector.parameters(), lr=0.1)
+    attach(detector, optimizer, EfficientTrain(SCHEDULE, image_size=16, multiple=8), total_steps=2).remove()
+
+
 def test_a_model_of_one_size_is_refused_before_anything_is_attached() -> None:
     model = Fixed()
     state = {name: value.clone() for name, value in model.state_dict().items()}
