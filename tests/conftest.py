@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -27,3 +28,24 @@ def leaven_data() -> Path:
     path = Path(folder)
     assert path.is_dir(), f"LEAVEN_DATA={folder} is not a folder"
     return path
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the snippets of README.md and docs/ take from their reader, as docs/index.md says; in an empty folder."""
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    images, labels = torch.randn(16, 3, 64, 64), torch.arange(16) % 4
+    model = timm.create_model("resnet10t", num_classes=4)
+    return {
+        "torch": torch,
+        "loader": [(images[:8], labels[:8]), (images[8:], labels[8:])],
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+        "train_images": images,
+        "train_labels": labels,
+        "val_images": images[:8],
+        "val_labels": labels[:8],
+    }

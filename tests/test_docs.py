@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -38,29 +37,10 @@ def with_any(pattern: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", with_any("^```python$"))
-def test_the_snippets_of_a_page_run_in_order(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With what index.md says that they take from the reader."""
-    import timm
-
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    images, labels = torch.randn(16, 3, 64, 64), torch.arange(16) % 4
-    model = timm.create_model("resnet10t", num_classes=4)
-    have = {
-        "torch": torch,
-        "loader": [(images[:8], labels[:8]), (images[8:], labels[8:])],
-        "model": model,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
-        "train_images": images,
-        "train_labels": labels,
-        "val_images": images[:8],
-        "val_labels": labels[:8],
-    }
+def test_the_snippets_of_a_page_run_in_order(name: str, reader: dict[str, Any]) -> None:
     for language, snippet in blocks(PAGES[name]):
         if language == "python":
-            exec(compile(snippet, name, "exec"), have)
+            exec(compile(snippet, name, "exec"), reader)
 
 
 def test_pages_have_snippets_in_the_language_that_is_run() -> None:

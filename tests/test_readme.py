@@ -3,9 +3,7 @@
 import re
 import shlex
 from pathlib import Path
-
-import pytest
-import torch
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,29 +13,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what they take from the reader: a loader, a model with its optimizer, labelled images."""
-    import timm
-
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    images, labels = torch.randn(16, 3, 64, 64), torch.arange(16) % 4
-    model = timm.create_model("resnet10t", num_classes=4)
-    have = {
-        "torch": torch,
-        "loader": [(images[:8], labels[:8]), (images[8:], labels[8:])],
-        "model": model,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
-        "train_images": images,
-        "train_labels": labels,
-        "val_images": images[:8],
-        "val_labels": labels[:8],
-    }
+def test_the_snippets_run_in_order(reader: dict[str, Any]) -> None:
     snippets = blocks("python")
     assert len(snippets) == 5
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), have)
-    assert [update for update, _ in have["probe"].history] == [2, 4]
+        exec(compile(snippet, "README.md", "exec"), reader)
+    assert [update for update, _ in reader["probe"].history] == [2, 4]
 
 
 def test_the_recipe_commands_have_flags_that_exist() -> None:

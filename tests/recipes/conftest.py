@@ -38,3 +38,21 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     forget()
     yield load
     forget()
+
+
+@pytest.fixture
+def run(recipe: Callable[[Path], ModuleType]) -> Callable[..., Path]:
+    """Runs a recipe in this process: its file, run folder, flags -> folder."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    modules: dict[Path, ModuleType] = {}
+
+    def main(program: Path, name: str, *flags: str) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        if program not in modules:
+            modules[program] = recipe(program)
+        modules[program].main([*flags, "--output-dir", name])
+        return Path(name)
+
+    return main

@@ -238,24 +238,6 @@ MASKED = [*FLAGS, "--image-size", "128", "--curriculum", "0.5:64,0.75:96,1:128",
 MASKED += ["--decoder-width", "32", "--probe-images", "20"]
 
 
-@pytest.fixture
-def run(recipe: Recipe) -> Callable[..., Path]:
-    """Runs a recipe in this process: its file, run folder, flags -> folder."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    modules: dict[Path, ModuleType] = {}
-
-    def main(program: Path, name: str, *flags: str) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        if program not in modules:
-            modules[program] = recipe(program)
-        modules[program].main([*flags, "--output-dir", name])
-        return Path(name)
-
-    return main
-
-
 @pytest.mark.parametrize("op", ["fourier", pytest.param("bilinear", marks=pytest.mark.slow)])
 def test_resume_in_every_stage_is_the_uninterrupted_run(
     run: Callable[..., Path], op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

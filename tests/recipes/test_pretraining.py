@@ -4,7 +4,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,21 +21,9 @@ OWN = {SPARK: ["--decoder-width", "16", "--stages", "4,8"], ROTNET: ["--hflip", 
 
 
 @pytest.fixture
-def run(recipe: Callable[[Path], ModuleType]) -> Callable[..., Path]:
-    """Runs a recipe in this process: its file, run folder, flags -> folder."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    modules: dict[Path, ModuleType] = {}
-
-    def main(program: Path, name: str, *flags: str) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        if program not in modules:
-            modules[program] = recipe(program)
-        modules[program].main([*FLAGS, *OWN[program], "--output-dir", name, *flags])
-        return Path(name)
-
-    return main
+def pretrain(run: Callable[..., Path]) -> Callable[..., Path]:
+    """Runs a recipe in this process for a few updates: its file, run folder, flags -> folder."""
+    return lambda program, name, *flags: run(program, name, *FLAGS, *OWN[program], *flags)
 
 
 @pytest.mark.parametrize(
@@ -44,13 +31,13 @@ def run(recipe: Callable[[Path], ModuleType]) -> Callable[..., Path]:
 )
 def test_resume_is_the_uninterrupted_run(
     program: Path,
-    run: Callable[..., Path],
+    pretrain: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     import leaven.recipes.common.loop as loop
 
-    whole = run(program, "whole")
+    whole = pretrain(program, "whole")
     said = capsys.readouterr().out
     assert "averaged backbone: statistics of" in said
     scores = [row.get("knn_top1") for row in rows(whole)]
@@ -66,8 +53,8 @@ def test_resume_is_the_uninterrupted_run(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_gradients", gradients)
         with pytest.raises(SystemExit):
-            run(program, "broken")
-    broken = run(program, "broken", "--resume", "auto")
+            pretrain(program, "broken")
+    broken = pretrain(program, "broken", "--resume", "auto")
     assert rows(whole) == rows(broken)
     for name in ("backbone.safetensors", "backbone-ema.safetensors"):
         assert same_tensors(load_file(whole / name), load_file(broken / name))
@@ -76,15 +63,15 @@ def test_resume_is_the_uninterrupted_run(
     assert not same_tensors(own, averaged)
 
 
-def test_an_average_without_memory_is_the_network(run: Callable[..., Path]) -> None:
-    folder = run(SPARK, "out", "--model-ema-decay", "0", "--callbacks", "ema", "--curriculum", "et")
+def test_an_average_without_memory_is_the_network(pretrain: Callable[..., Path]) -> None:
+    folder = pretrain(SPARK, "out", "--model-ema-decay", "0", "--callbacks", "ema", "--curriculum", "et")
     both = [load_file(folder / name) for name in ("backbone.safetensors", "backbone-ema.safetensors")]
     assert same_tensors(*both)
 
 
 @pytest.mark.slow
-def test_a_dry_run_has_them_all(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    run(SPARK, "out", "--dry-run", "--image-size", "64")
+def test_a_dry_run_has_them_all(pretrain: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain(SPARK, "out", "--dry-run", "--image-size", "64")
     assert "weights differ by at most 0 from those without the break" in capsys.readouterr().out
 
 
@@ -98,6 +85,6 @@ def test_a_dry_run_has_them_all(run: Callable[..., Path], capsys: pytest.Capture
         (["--callbacks", "tract", "--curriculum", "et"], "this recipe knows efficienttrain, ema, knn"),
     ],
 )
-def test_wrong_flags(run: Callable[..., Path], flags: list[str], message: str) -> None:
+def test_wrong_flags(pretrain: Callable[..., Path], flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        run(SPARK, "out", *flags)
+        pretrain(SPARK, "out", *flags)

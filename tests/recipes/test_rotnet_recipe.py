@@ -24,19 +24,9 @@ SHORT = ["--epochs", "2", "--limit-batches", "3", "--probe-images", "60", "--pro
 
 
 @pytest.fixture
-def rotnet(recipe: Recipe) -> Main:
+def rotnet(run: Main) -> Main:
     """Runs the recipe in this process on a small net for a few updates: run folder, flags -> folder."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    module = recipe(ROTNET)
-
-    def main(name: str, *flags: str) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        module.main([*SMALL, *SHORT, "--output-dir", name, *flags])
-        return Path(name)
-
-    return main
+    return lambda name, *flags: run(ROTNET, name, *SMALL, *SHORT, *flags)
 
 
 def test_a_run_says_in_order_what_it_should_and_leaves_a_whole_folder(

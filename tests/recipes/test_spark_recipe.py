@@ -38,19 +38,9 @@ SHORT = ["--epochs", "2", "--limit-batches", "3", "--probe-images", "60"]
 
 
 @pytest.fixture
-def spark(recipe: Recipe) -> Main:
+def spark(run: Main) -> Main:
     """Runs the recipe in this process on a small net for a few updates: run folder, flags -> folder."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    module = recipe(SPARK)
-
-    def main(name: str, *flags: str) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        module.main([*SMALL, *SHORT, "--output-dir", name, *flags])
-        return Path(name)
-
-    return main
+    return lambda name, *flags: run(SPARK, name, *SMALL, *SHORT, *flags)
 
 
 def photos(folder: Path, n: int, size: tuple[int, int] = (40, 60)) -> Path:

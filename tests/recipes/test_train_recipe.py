@@ -43,19 +43,9 @@ ALL += ["--layer-decay", "0.7", "--model-ema-decay", "0.8", "--aug-repeats", "2"
 
 
 @pytest.fixture
-def train(recipe: Recipe) -> Main:
+def train(run: Main) -> Main:
     """Runs the recipe in this process on a small net for a few updates: run folder, flags -> folder."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    module = recipe(TRAIN)
-
-    def main(name: str, *flags: str) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        module.main([*SMALL, *SHORT, "--output-dir", name, *flags])
-        return Path(name)
-
-    return main
+    return lambda name, *flags: run(TRAIN, name, *SMALL, *SHORT, *flags)
 
 
 def digits_by_hand(size: int, crop_pct: float) -> tuple[Tensor, Tensor]:
