@@ -50,7 +50,8 @@ def dense_encode(backbone: nn.Module, images: Tensor, mask: Tensor, stages: Sequ
     if (rows * cell, columns * cell) != (height, width):
         raise ValueError(f"images of {height}x{width} px do not fit {rows}x{columns} square mask cells")
     if not torch.compiler.is_compiling():
-        _prepare(backbone, stages, cell, images.shape[1])
+        # Disabled here and not where it is defined: the decorator imports torch._dynamo, which takes seconds.
+        torch.compiler.disable(_prepare)(backbone, stages, cell, images.shape[1])
     elif not any(isinstance(module, Masked) for module in backbone.modules()):
         raise RuntimeError(
             "the backbone is not converted: call dense_encode once before compiling, or convert"
@@ -112,7 +113,6 @@ def _swap(backbone: nn.Module) -> None:
         module.__class__ = with_rule(module._plain if isinstance(module, Masked) else type(module), rule)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _prepare(backbone: nn.Module, stages: Sequence[Stage], cell: int, in_chans: int) -> None:
     """Convert unless that was done, for these maps and for the layers that the backbone has now."""
     if _state(backbone, stages, cell) not in _checked.get(backbone, ()):

@@ -30,7 +30,6 @@ def require_spconv() -> None:
         ) from error
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def index_pairs(geo: Geometry, r: int, kernel: Pair, dilation: Pair) -> Pairs:
     """spconv's pairs for a kernel over the visible positions of cells of side ``r``.
 
@@ -81,7 +80,7 @@ def spconv_conv2d(
     kernel = (weight.shape[2], weight.shape[3])
     key = (r, kernel, dilation)
     if key not in geo.pairs:
-        geo.pairs[key] = index_pairs(geo, r, kernel, dilation)
+        geo.pairs[key] = torch.compiler.disable(index_pairs)(geo, r, kernel, dilation)
     pairs, counts = geo.pairs[key]
     device = values.device.type
     if torch.is_autocast_enabled(device):

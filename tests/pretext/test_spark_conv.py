@@ -209,16 +209,17 @@ with torch.no_grad():
 )
 def test_spconvs_own_cpu_convolution_still_races() -> None:
     """Why the products are ours. Should this fail, spconv has mended it, and `_GatherMatmulScatter` can go."""
-    wrong = {}
-    for n in ("1", "2"):
-        environment = os.environ | {"OMP_NUM_THREADS": n}
+
+    def wrong(threads: int) -> int:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", _OWN_CONVOLUTION],
-            env=environment,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        wrong[n] = int(done.stdout.split()[-1])
-    assert wrong["1"] == 0
-    assert wrong["2"] > 0, "spconv 's own CPU convolution is right now with two threads"
+        return int(done.stdout.split()[-1])
+
+    assert wrong(1) == 0
+    # On a busy machine two threads may take turns, and nothing races.
+    assert any(wrong(2) > 0 for _ in range(20)), "spconv's own CPU convolution is right now with two threads"
