@@ -100,9 +100,10 @@ class EMA(Callback):
 
     def _rounding(self) -> Tensor | None:
         """State of the generator that rounds bfloat16 averages at random; without it resume is not exact."""
-        if all(value.dtype != torch.bfloat16 for value in self.module.state_dict().values()):
+        generator = getattr(self._ema, "_sr_generator", None)  # older versions of timm round to the nearest
+        if generator is None or all(v.dtype != torch.bfloat16 for v in self.module.state_dict().values()):
             return None
-        state: Tensor = self._ema._sr_generator.get_state()
+        state: Tensor = generator.get_state()
         return state
 
 

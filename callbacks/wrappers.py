@@ -6,6 +6,7 @@ Classes are recognised by name, so that nothing but torch is imported and nothin
 from collections.abc import Iterator, Sequence
 from inspect import unwrap
 from types import FunctionType
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -96,7 +97,7 @@ def _was_called_compiled(model: nn.Module) -> bool:
 
 
 def _has_code(compiled: nn.Module) -> bool:
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, innermost_backend, innermost_fn
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, innermost_fn
 
     region = unwrap_model(compiled)
     for module in region.modules():
@@ -113,7 +114,15 @@ def _has_code(compiled: nn.Module) -> bool:
     shared = (innermost_fn(compiled.forward), getattr(region.forward, "__func__", None))
     codes = [function.__code__ for function in shared if isinstance(function, FunctionType)]
     entries = [entry for code in codes for entry in _debug_get_cache_entry_list(code)]
-    return any(entry.backend is innermost_backend(context.callback) for entry in entries)
+    return any(entry.backend is _innermost(context.callback) for entry in entries)
+
+
+def _innermost(backend: Any) -> Any:
+    """The backend itself, below what torch.compile wraps it in."""
+    for name in ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable"):
+        while hasattr(backend, name):
+            backend = getattr(backend, name)
+    return backend
 
 
 def _class_names(thing: object) -> list[str]:

@@ -314,7 +314,7 @@ def test_a_replay_buffer_trains_and_is_declared(
     [
         (TRAIN, ["--callbacks", "efficient"], ["--callbacks efficient", "efficienttrain, ema"]),
         (TRAIN, ["--callbacks", "ema,ema"], ["once"]),
-        (SPARK, ["--callbacks", "ema"], ["--callbacks ema", "efficienttrain"]),
+        (SPARK, ["--callbacks", "tract"], ["--callbacks tract", "efficienttrain"]),
         (TRAIN, ["--curriculum", "et_pp"], ["--curriculum", "add --callbacks efficienttrain"]),
         (TRAIN, [*FLAGS, "--curriculum", "et++"], ["--curriculum et++", "SHARE:SIZE", "et_pp"]),
         (TRAIN, [*FLAGS, "--curriculum", "0.5:64,1:32"], ["--curriculum 0.5:64,1:32", "must not shrink"]),

@@ -174,7 +174,7 @@ def test_a_dry_run_needs_no_data(recipe: Recipe, tmp_path: Path, capsys: pytest.
         (["--mode", "both"], ["--mode", "all", "random"]),
         (["--hflip", "2"], ["--hflip must be between 0 and 1"]),
         (["--backbone", "resnet5"], ["resnet5"]),
-        (["--callbacks", "ema"], ["--callbacks ema", "efficienttrain"]),
+        (["--callbacks", "tract"], ["--callbacks tract", "efficienttrain"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
