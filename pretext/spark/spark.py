@@ -35,7 +35,8 @@ class SparK(nn.Module):
         backend: "packed" computes visible positions only, "dense" masks dense operations; "auto" takes packed, the
             faster wherever measured, unless only dense accepts the backbone. "spconv" is packed with spconv's index
             pairs (on CUDA its kernel) for the ungrouped convolutions of stride 1 that packed runs on dense maps.
-        stages: reductions of the maps to use, such as (4, 8, 16); by default the last four from reduction 4 on.
+        stages: reductions of the maps to use, such as (4, 8, 16); by default the last four from reduction 4 on. What
+            lies behind the deepest one is not trained, see `untrained`.
         mask_cell: side of a mask cell in pixels, a multiple of the largest reduction used (the default).
 
     Attributes:
