@@ -28,7 +28,7 @@ from timing import machine
 COMMON = "--workers 0 --channels-last --mixed-precision bf16 --weight-decay 0.05 --seed 0"
 CURRICULUM = "--curriculum 0.5:32,0.75:48,1:64"
 SIZES = {  # epochs of steps 1 to 3, updates of step 4
-    False: {"pretrain": "40", "teacher": "40", "finetune": "40", "steps": "1500"},
+    False: {"pretrain": "40", "teacher": "20", "finetune": "15", "steps": "500"},
     True: {"pretrain": "2", "teacher": "1", "finetune": "1", "steps": "30"},
 }
 
