@@ -50,6 +50,8 @@ class KNNProbe(Callback):
         for part, (images, labels) in (("train", train), ("test", test)):
             if isinstance(images, Tensor) and len(images) != len(labels):
                 raise ValueError(f"{part}: {len(images)} images, but {len(labels)} labels")
+        if k > len(train[1]):
+            raise ValueError(f"k={k} neighbours of {len(train[1])} images: lower k")
         self.train, self.test = train, test
         self.every, self.k, self.temperature = every, k, temperature
         self.recalibrate, self.name = recalibrate, name

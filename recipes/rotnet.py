@@ -83,6 +83,7 @@ def train(settings: RotNetSettings, data: Data) -> None:
     )
     plan = Plan.of(loader.batch_sampler, settings)
     plan, curriculum, how = follow(settings, plan, loader, size, multiple=16)
+    how += settings.about_average(plan.total)
     about = [*data.notes, str(images)]
     if accelerator.is_main_process:
         how += audit(images)

@@ -101,7 +101,7 @@ def train(settings: SparkSettings, data: Data) -> None:
     )
     plan = Plan.of(loader.batch_sampler, settings)
     plan, curriculum, lines = follow(settings, plan, loader, size, multiple=spark.mask_cell)
-    how += lines
+    how += lines + settings.about_average(plan.total)
     accelerator.print("\n".join(about + how))
     for side in curriculum.shapes() if curriculum else [size]:
         try:

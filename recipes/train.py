@@ -199,7 +199,7 @@ def train(settings: TrainSettings, data: Data, method: Method = SUPERVISED) -> N
     )
     plan = Plan.of(loader.batch_sampler, settings)
     plan, curriculum, lines = follow(settings, plan, loader, size, multiple=16)
-    how += lines
+    how += lines + settings.about_average(plan.total)
     accelerator.print("\n".join(about + how))
     share = accelerator.process_index, accelerator.num_processes
     held_out = images.whole(data.val, len(data.val), crop_pct=settings.crop_pct, share=share)

@@ -377,6 +377,9 @@ def _take_over(norm: nn.Module, layer: nn.Module, optimizers: Sequence[Optimizer
             buffer.data.copy_(old_buffer)
     known = {id(p) for p in norm.parameters()}
     added = [p for p in layer.parameters() if id(p) not in known]
+    if known and not any(p.requires_grad for p in norm.parameters()):
+        for parameter in added:  # what was frozen stays so
+            parameter.requires_grad_(False)
     for group in _groups(norm, optimizers) if added else ():
         group["params"].extend(added)
         report._undo.append(partial(_take_out, group, added))

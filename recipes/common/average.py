@@ -21,6 +21,17 @@ class AverageSettings(LoopSettings):
         if self.model_ema_decay is not None and not 0 <= self.model_ema_decay <= 1:
             raise UserError(f"--model-ema-decay must be between 0 and 1, got {self.model_ema_decay}")
 
+    def about_average(self, updates: int) -> list[str]:
+        """A line where the run is too short for the average to leave the weights that it began with."""
+        if self.model_ema_decay is None or self.model_ema_warmup:
+            return []
+        if updates * (1 - self.model_ema_decay) >= 1:
+            return []
+        return [
+            f"an average with decay {self.model_ema_decay:g} hardly moves in {updates} updates: "
+            "add --model-ema-warmup, or lower --model-ema-decay"
+        ]
+
     def average(self) -> EMA | None:
         """The average, to be attached, if one is wanted."""
         if self.model_ema_decay is None:

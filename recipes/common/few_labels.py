@@ -62,8 +62,8 @@ def keep_few(data: Data, amount: str | None, seed: int) -> Data:
     """
     if not data.classes:
         raise UserError(
-            f"--data {data.name} has no labels; give a folder with one sub-folder per class, or train on it "
-            "with a recipe that needs none, such as recipes/spark.py"
+            f"--data {data.name} has no labels; give a folder with one sub-folder per class (of hf: data the "
+            "--label-column), or train on it with a recipe that needs none, such as recipes/spark.py"
         )
     if amount is None:
         return data

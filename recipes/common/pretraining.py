@@ -43,7 +43,7 @@ def observers(settings: PretrainSettings, images: Images, plan: Plan) -> tuple[E
     found: list[Callback] = [] if average is None else [average]
     if "knn" in settings.callbacks:
         if why := unfit(images, settings.probe_images):
-            raise UserError(f"--callbacks knn: {why}")
+            raise UserError(f"--callbacks knn: {why}; give labelled images, or leave it out")
         bank, queries = labelled(images, settings.probe_images)
         every = settings.eval_every * plan.updates_per_epoch
         found.append(KNNProbe(bank, queries, every, k=min(20, len(bank[1])), recalibrate=True))

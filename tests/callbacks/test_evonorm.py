@@ -496,3 +496,19 @@ def test_nothing_is_said_where_all_is_well() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         replace_norm_act(TinyNet(), partial(evo_norm, "s0"), example=torch.randn(2, 3, 8, 8))
+
+
+def test_what_was_frozen_stays_frozen() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+    )
+    model[1].requires_grad_(False)
+    replace_norm_act(model, partial(evo_norm, "s0"), example=torch.randn(1, 3, 8, 8))
+    assert not any(p.requires_grad for p in model[1].parameters())
+    assert len(list(model[1].parameters())) == 3
+    assert all(p.requires_grad for p in model[4].parameters())

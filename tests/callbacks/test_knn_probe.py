@@ -135,6 +135,8 @@ def test_bad_settings_are_refused() -> None:
         KNNProbe(TRAIN, TEST, every=0)
     with pytest.raises(ValueError, match=f"test: {len(TEST[0])} images, but {len(TEST[1]) - 1} labels"):
         KNNProbe(TRAIN, (TEST[0], TEST[1][1:]), every=1)
+    with pytest.raises(ValueError, match="k=49 neighbours of 48 images: lower k"):
+        KNNProbe(TRAIN, TEST, every=1, k=49)
 
 
 def test_statistics_taken_anew_are_those_of_a_copy() -> None:

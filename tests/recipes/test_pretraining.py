@@ -63,8 +63,11 @@ def test_resume_is_the_uninterrupted_run(
     assert not same_tensors(own, averaged)
 
 
-def test_an_average_without_memory_is_the_network(pretrain: Callable[..., Path]) -> None:
+def test_an_average_without_memory_is_the_network(
+    pretrain: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = pretrain(SPARK, "out", "--model-ema-decay", "0", "--callbacks", "ema", "--curriculum", "et")
+    assert "hardly moves" not in capsys.readouterr().out
     both = [load_file(folder / name) for name in ("backbone.safetensors", "backbone-ema.safetensors")]
     assert same_tensors(*both)
 
@@ -88,3 +91,12 @@ def test_a_dry_run_has_them_all(pretrain: Callable[..., Path], capsys: pytest.Ca
 def test_wrong_flags(pretrain: Callable[..., Path], flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         pretrain(SPARK, "out", *flags)
+
+
+def test_a_run_that_is_too_short_for_its_average_says_so() -> None:
+    from leaven.recipes.common.average import AverageSettings
+
+    assert AverageSettings(model_ema_decay=0.99).about_average(100) == []
+    assert AverageSettings(model_ema_decay=0.9999, model_ema_warmup=True).about_average(6) == []
+    (line,) = AverageSettings(model_ema_decay=0.9999).about_average(6)
+    assert line.startswith("an average with decay 0.9999 hardly moves in 6 updates: add --model-ema-warmup")
