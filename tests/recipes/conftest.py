@@ -25,7 +25,11 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
+    loaded: dict[Path, ModuleType] = {}
+
     def load(path: Path) -> ModuleType:
+        if path in loaded:
+            return loaded[path]
         name = f"recipe_under_test_{path.stem}"
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
@@ -33,6 +37,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # dataclasses and type hints look their module up
         spec.loader.exec_module(module)
+        loaded[path] = module
         return module
 
     forget()
@@ -45,14 +50,10 @@ def run(recipe: Callable[[Path], ModuleType]) -> Callable[..., Path]:
     """Runs a recipe in this process: its file, run folder, flags -> folder."""
     from accelerate.state import AcceleratorState, GradientState
 
-    modules: dict[Path, ModuleType] = {}
-
     def main(program: Path, name: str, *flags: str) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        if program not in modules:
-            modules[program] = recipe(program)
-        modules[program].main([*flags, "--output-dir", name])
+        recipe(program).main([*flags, "--output-dir", name])
         return Path(name)
 
     return main

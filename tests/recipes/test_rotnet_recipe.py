@@ -24,8 +24,9 @@ SHORT = ["--epochs", "2", "--limit-batches", "3", "--probe-images", "60", "--pro
 
 
 @pytest.fixture
-def rotnet(run: Main) -> Main:
+def rotnet(run: Main, recipe: Recipe) -> Main:
     """Runs the recipe in this process on a small net for a few updates: run folder, flags -> folder."""
+    recipe(ROTNET)
     return lambda name, *flags: run(ROTNET, name, *SMALL, *SHORT, *flags)
 
 

@@ -38,8 +38,9 @@ SHORT = ["--epochs", "2", "--limit-batches", "3", "--probe-images", "60"]
 
 
 @pytest.fixture
-def spark(run: Main) -> Main:
+def spark(run: Main, recipe: Recipe) -> Main:
     """Runs the recipe in this process on a small net for a few updates: run folder, flags -> folder."""
+    recipe(SPARK)
     return lambda name, *flags: run(SPARK, name, *SMALL, *SHORT, *flags)
 
 

@@ -43,8 +43,9 @@ ALL += ["--layer-decay", "0.7", "--model-ema-decay", "0.8", "--aug-repeats", "2"
 
 
 @pytest.fixture
-def train(run: Main) -> Main:
+def train(run: Main, recipe: Recipe) -> Main:
     """Runs the recipe in this process on a small net for a few updates: run folder, flags -> folder."""
+    recipe(TRAIN)
     return lambda name, *flags: run(TRAIN, name, *SMALL, *SHORT, *flags)
 
 
