@@ -111,7 +111,15 @@ class CommonSettings(ImageSettings):
 _LEAST: dict[str, float] = {
     **dict.fromkeys(("epochs", "batch_size", "grad_accum_steps", "save_every", "keep", "limit_batches"), 1),
     **dict.fromkeys(
-        ("global_batch_size", "probe_images", "probe_width", "decoder_width", "mask_cell", "shuffle_buffer"),
+        (
+            "global_batch_size",
+            "probe_images",
+            "probe_width",
+            "decoder_width",
+            "mask_cell",
+            "shuffle_buffer",
+            "eval_every",
+        ),
         1,
     ),
     **dict.fromkeys(

@@ -27,8 +27,6 @@ class PretrainSettings(CurriculumSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eval_every < 1:
-            raise UserError(f"--eval-every must be at least 1, got {self.eval_every}")
         if self.eval_every != 1 and "knn" not in self.callbacks:
             raise UserError("--eval-every is of kNN during training: add --callbacks knn")
 
