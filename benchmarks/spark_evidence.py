@@ -2,6 +2,7 @@
 
     python benchmarks/spark_evidence.py --data DATA --work RUNS tune      # settings, on a fifth of the training images
     python benchmarks/spark_evidence.py --data DATA --work RUNS final     # the held-out images, opened once
+    python benchmarks/spark_evidence.py --data DATA --work RUNS explore   # other pre-trainings, on that fifth again
     python benchmarks/spark_evidence.py --data DATA --work RUNS table     # results/spark_evidence.json, and words
 
 DATA holds imagenette224-mini/ and cifar10-jpeg/cifar10-jpeg-12k.zip. Everything is done by the recipes, on one thread
@@ -40,6 +41,15 @@ PRETRAIN = shlex.split(
     "--crop-scale 0.67,1 --save-every 10 --probe-images 200"
 )
 VARIANTS = {"ratio75": ("--mask-ratio", "0.75"), "width128": ("--decoder-width", "128")}
+# What is tried beyond the choice, each on top of width 128. Cells follow from the deepest map that is pre-trained.
+EXPLORED = {
+    "width128-long": ("--decoder-width", "128", "--epochs", "160"),
+    "width128-ratio45": ("--decoder-width", "128", "--mask-ratio", "0.45"),
+    "width128-ratio75": ("--decoder-width", "128", "--mask-ratio", "0.75"),
+    "width128-cell8": ("--decoder-width", "128", "--stages", "4,8"),
+    "width128-cell32": ("--decoder-width", "128", "--stages", "4,8,16,32"),
+    "width256": ("--decoder-width", "256"),
+}
 EPOCHS = {"photos": 40, "cifar": 6}  # 60,000 images
 IMAGES = {"photos": 1500, "cifar": 10000}
 CROP = {"photos": "0.35,1", "cifar": "0.5,1"}
@@ -53,13 +63,13 @@ TUNING = {
 
 def pretrain(which: str, net: str, seed: int, variant: str = "", split: tuple[str, ...] = ()) -> Run:
     words = ["recipes/spark.py", "--backbone", net, "--data", which, "--seed", str(seed), *COMMON, *PRETRAIN]
-    words += ["--epochs", str(EPOCHS[which]), *VARIANTS.get(variant, ()), *split]
+    words += ["--epochs", str(EPOCHS[which]), *(VARIANTS | EXPLORED).get(variant, ()), *split]
     return Run("-".join(filter(None, ("pretrain", which, net, str(seed), variant))), tuple(words))
 
 
 def finetune(
     which: str, net: str, labels: str, seed: int, lr: str, start: Run | None,
-    *, epochs: int | None = None, split: tuple[str, ...] = (),
+    *, epochs: int | None = None, note: str = "long", split: tuple[str, ...] = (),
 ) -> Run:  # fmt: skip
     _, usual, batch = TUNING[which][labels]
     long, epochs = epochs is not None, epochs or usual
@@ -75,13 +85,38 @@ def finetune(
         str(max(1, epochs // 20)),
     ]
     words += ["--crop-scale", CROP[which], *split]
-    return Run("-".join([arm, labels.strip("%"), lr, *(["long"] if long else [])]), tuple(words), start)
+    return Run("-".join([arm, labels.strip("%"), lr, *([note] if long else [])]), tuple(words), start)
 
 
-def judged(variant: str) -> list[Run]:
+def judged(variant: str, net: str = NETS[0]) -> list[Run]:
     """What a setting of the pre-training is judged by, on the tuning split."""
-    start = pretrain("photos", NETS[0], TUNE, variant, SPLIT)
-    return [finetune("photos", NETS[0], part, TUNE, RATES[1], start, split=SPLIT) for part in ("10%", "100%")]
+    start = pretrain("photos", net, TUNE, variant, SPLIT)
+    return [finetune("photos", net, part, TUNE, RATES[1], start, split=SPLIT) for part in ("10%", "100%")]
+
+
+def untrained(net: str, more: int) -> list[Run]:
+    """Beside them: fresh weights, trained on `more` times all training images more than the fine-tuning sees."""
+    runs = []
+    for part in ("10%", "100%"):
+        images, usual, _ = TUNING["photos"][part]
+        epochs = usual + round(more * IMAGES["photos"] / images) if more else None
+        runs.append(
+            finetune(
+                "photos", net, part, TUNE, RATES[1], None, epochs=epochs, note=f"long{more}", split=SPLIT
+            )
+        )
+    return runs
+
+
+def exploration() -> list[list[Run]]:
+    """Longer pre-training of both networks; other ratios, cells and widths of the first; and their alternatives."""
+    chains = [judged("width128-long", net) for net in NETS]
+    chains += [
+        judged("width128", NETS[1]),
+        *(judged(variant) for variant in EXPLORED if "long" not in variant),
+    ]
+    chains += [untrained(net, more) for net in NETS for more in (0, 40, 160)]
+    return chains
 
 
 def rated(net: str, spark: bool) -> dict[str, Run]:
@@ -159,11 +194,15 @@ def table(ledger: Ledger) -> dict[str, Any]:
     rates, variant = chosen(ledger)
     names = {f"{net}, {'spark' if spark else 'scratch'}": lr for (net, spark), lr in rates.items()}
     tried = {run.name: ledger.rows[run.name] for runs in tuning() for run in runs}
+    explored = [run.name for runs in exploration() for run in runs if run.name in ledger.rows]
     return {
         "machine": machine("cpu"),
         "chosen": {"learning rates": names, "pre-training": variant or "base"},
         "results": results,
         "tried on the tuning split": tried,
+        "tried beyond the choice, top-1 on the tuning split": {
+            name: ledger.rows[name]["top1"] for name in explored
+        },
     }
 
 
@@ -185,7 +224,7 @@ def words(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    args = arguments(__doc__, ("tune", "final", "table"))
+    args = arguments(__doc__, ("tune", "final", "explore", "table"))
     work, ledger = args.work.resolve(), Ledger(LEDGER)
     if args.step == "table":
         report = table(ledger)
@@ -193,7 +232,8 @@ def main() -> None:
         print(words(report))
         return
     data = data_sets(args.data, work)
-    execute(tuning() if args.step == "tune" else list(final(ledger)), data, work, args.jobs, ledger)
+    chains = {"tune": tuning, "explore": exploration, "final": lambda: list(final(ledger))}[args.step]()
+    execute(chains, data, work, args.jobs, ledger)
 
 
 if __name__ == "__main__":
