@@ -1,7 +1,7 @@
 """Blocks of diffusion models: which there are, how to listen to them, and their outputs as maps."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,12 +17,15 @@ class UnknownBlock(ValueError):
 
 
 @contextmanager
-def tapped(model: nn.Module, names: Sequence[str], take: Callable[[str, Any], object]) -> Iterator[None]:
-    """Call ``take(name, output)`` whenever one of the modules has run; the hooks are gone afterwards."""
+def tapped(model: nn.Module, names: Sequence[str], take: Callable[[str, Any], Any]) -> Iterator[None]:
+    """Call ``take(name, output)`` whenever one of the modules has run; the hooks are gone afterwards.
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def call(module: nn.Module, args: Any, output: Any) -> None:
-            take(name, output)
+    What `take` returns stands in for the output, unless it is None.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def call(module: nn.Module, args: Any, output: Any) -> Any:
+            return take(name, output)
 
         return call
 
@@ -42,22 +45,53 @@ def block_names(model: nn.Module) -> list[str]:
     sequences at the top.
     """
     modules = dict(model.named_modules())
-
-    def inside(parent: str) -> list[str]:
-        return [name for name in modules if name.rpartition(".")[0] == parent and name]
-
     if "input_blocks" in modules and "output_blocks" in modules:
-        return [*inside("input_blocks"), "middle_block", *inside("output_blocks")]
+        return [*_inside(modules, "input_blocks"), "middle_block", *_inside(modules, "output_blocks")]
     if "down_blocks" in modules and "up_blocks" in modules:
         down, up = (
-            [res for block in inside(side) for res in inside(f"{block}.resnets")]
+            [res for block in _inside(modules, side) for res in _inside(modules, f"{block}.resnets")]
             for side in ("down_blocks", "up_blocks")
         )
         return ["conv_in", *down, "mid_block", *up]
     if "transformer_blocks" in modules:
-        return inside("transformer_blocks")
-    tops = [name for name in inside("") if isinstance(modules[name], nn.ModuleList | nn.Sequential)]
-    return [name for top in tops for name in inside(top)]
+        return _inside(modules, "transformer_blocks")
+    tops = [name for name in _inside(modules, "") if isinstance(modules[name], nn.ModuleList | nn.Sequential)]
+    return [name for top in tops for name in _inside(modules, top)]
+
+
+def _inside(modules: Iterable[str], parent: str) -> list[str]:
+    return [name for name in modules if name.rpartition(".")[0] == parent and name]
+
+
+def skip_pairs(model: nn.Module) -> dict[str, str]:
+    """Blocks of the encoder in order, each with the block of the decoder that reads its output as a skip.
+
+    Of `UNet`, and of diffusers' U-Nets, where a residual block with attention is named by its attention.
+
+    Raises:
+        ValueError: a network without encoder and decoder, or of another layout.
+    """
+    modules = dict(model.named_modules())
+    if "input_blocks" in modules and "output_blocks" in modules:
+        encoder, decoder = _inside(modules, "input_blocks"), _inside(modules, "output_blocks")
+    else:
+        down, up = (_inside(modules, side) for side in ("down_blocks", "up_blocks"))
+        encoder = ["conv_in"]
+        for block in down:
+            encoder += [*_attended(modules, block), *_inside(modules, f"{block}.downsamplers")]
+        decoder = [name for block in up for name in _attended(modules, block)]
+    if not decoder or len(encoder) != len(decoder):
+        raise ValueError(
+            f"{type(model).__name__} has no encoder and decoder that are known: "
+            "give feedback={encoder block: decoder block}"
+        )
+    return dict(zip(encoder, reversed(decoder), strict=True))
+
+
+def _attended(modules: Iterable[str], block: str) -> list[str]:
+    """Residual blocks of one of diffusers' blocks, or the attentions behind them."""
+    attentions = _inside(modules, f"{block}.attentions")
+    return attentions or _inside(modules, f"{block}.resnets")
 
 
 def resolve_blocks(model: nn.Module, blocks: Sequence[str | int] | str) -> list[str]:
@@ -121,21 +155,17 @@ def pooled(maps: Tensor, side: int | None) -> Tensor:
     return F.adaptive_avg_pool2d(maps, (min(side, maps.shape[-2]), min(side, maps.shape[-1])))
 
 
-def default_call(model: nn.Module) -> Call:
+def default_call(model: nn.Module, x: Tensor, t: Tensor) -> Any:
     """``model(x, t)``, with null conditioning where diffusers' models want one.
 
     A U-Net with cross-attention gets zeros in place of a text, a DiT the class "none".
     """
     config: Mapping[str, Any] = getattr(model, "config", {}) or {}
     wanted = inspect.signature(model.forward).parameters
-
-    def call(model: nn.Module, x: Tensor, t: Tensor) -> Any:
-        more: dict[str, Any] = {}
-        if "encoder_hidden_states" in wanted and config.get("cross_attention_dim"):
-            more["encoder_hidden_states"] = x.new_zeros(len(x), 1, config["cross_attention_dim"])
-        if "class_labels" in wanted and config.get("num_embeds_ada_norm"):
-            none = config["num_embeds_ada_norm"]
-            more["class_labels"] = torch.full((len(x),), none, device=x.device)
-        return model(x, t, **more)
-
-    return call
+    more: dict[str, Any] = {}
+    if "encoder_hidden_states" in wanted and config.get("cross_attention_dim"):
+        more["encoder_hidden_states"] = x.new_zeros(len(x), 1, config["cross_attention_dim"])
+    if "class_labels" in wanted and config.get("num_embeds_ada_norm"):
+        none = config["num_embeds_ada_norm"]
+        more["class_labels"] = torch.full((len(x),), none, device=x.device)
+    return model(x, t, **more)

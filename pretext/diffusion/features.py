@@ -87,7 +87,7 @@ class DiffusionFeatures:
         else:
             self.schedule = Schedule.of(scheduler)
             self.add_noise = self.schedule.add_noise
-        self.call, self.encode = call or default_call(model), encode
+        self.call, self.encode = call or default_call, encode
         self.blocks = resolve_blocks(
             model, [blocks] if isinstance(blocks, str) and blocks != "auto" else blocks
         )

@@ -1,11 +1,13 @@
 """Classifiers on the maps of a frozen network, and many of them trained at once."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from leaven.pretext.diffusion.features import Cell
 
 Kind = Literal["linear", "mlp", "conv", "attention"]
 K = TypeVar("K", bound=Hashable)
@@ -27,14 +29,10 @@ class AttentionHead(nn.Module):
         self, channels: int, side: int, classes: int, width: int = 256, heads: int = 8, depth: int = 2
     ) -> None:
         super().__init__()
-        from timm.models.vision_transformer import Block
-
         self.norm = nn.LayerNorm((channels, side, side))
         self.narrow = nn.Conv2d(channels, width, 1)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
-        self.blocks = nn.Sequential(
-            *(Block(width, heads, mlp_ratio=4.0, qkv_bias=False) for _ in range(depth))
-        )
+        self.blocks = _transformer(width, heads, depth)
         self.classifier = nn.Linear(width, classes)
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -42,6 +40,81 @@ class AttentionHead(nn.Module):
         tokens = self.narrow(self.norm(maps)).flatten(2).mT
         tokens = self.blocks(torch.cat([self.cls.expand(len(tokens), -1, -1), tokens], dim=1))
         logits: Tensor = self.classifier(tokens[:, 0])
+        return logits
+
+
+def _transformer(width: int, heads: int, depth: int) -> nn.Sequential:
+    from timm.models.vision_transformer import Block
+
+    return nn.Sequential(*(Block(width, heads, mlp_ratio=4.0, qkv_bias=False) for _ in range(depth)))
+
+
+class DifFormerHead(nn.Module):
+    """`AttentionHead` for the maps of several blocks and timesteps at once.
+
+    Every block has its own norm and 1x1 convolution. Tokens of all blocks at one timestep make one sequence under the
+    transformer blocks. The class tokens of all timesteps, side by side, are classified. Timesteps share all weights but
+    the classifier's. Of one block and one timestep it is `AttentionHead`.
+
+        maps = DiffusionFeatures(model, schedule, blocks=[19, 24, 30], timesteps=(90, 150), pool=16)(images)
+        head = DifFormerHead({cell: each.shape[1:] for cell, each in maps.items()}, classes=10)
+        logits = head(maps)
+
+    Source: Mukhopadhyay et al., Do text-free diffusion models learn discriminative visual representations?, ECCV 2024
+    (2311.17921).
+
+    Args:
+        shapes: (C, h, w) of the maps of every cell, of each timestep the same.
+        classes: outputs.
+        width: of the tokens; the paper's is 1024.
+        heads, depth: of the transformer blocks.
+
+    Attributes:
+        times: in the order in which their class tokens lie.
+        kinds: block and pool, in the order of `norms` and `narrows`.
+
+    Raises:
+        ValueError: no cells, or timesteps that differ in blocks, pools or shapes.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[Cell, Sequence[int]],
+        classes: int,
+        width: int = 256,
+        heads: int = 8,
+        depth: int = 2,
+    ) -> None:
+        super().__init__()
+        self.times = list(dict.fromkeys(cell.t for cell in shapes))
+        sizes: dict[tuple[str, int | None], tuple[int, ...]] = {}
+        for cell, shape in shapes.items():
+            sizes.setdefault((cell.block, cell.pool), tuple(shape))
+        self.kinds = list(sizes)
+        for cell in [Cell(t, *kind) for t in self.times for kind in self.kinds]:
+            if cell not in shapes or tuple(shapes[cell]) != sizes[cell.block, cell.pool]:
+                raise ValueError(
+                    f"every timestep needs the same maps: those of {cell} are missing or differ in shape"
+                )
+        if not sizes:
+            raise ValueError("no cells: give the shape (C, h, w) of the maps of each")
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes.values())
+        self.narrows = nn.ModuleList(nn.Conv2d(size[0], width, 1) for size in sizes.values())
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = _transformer(width, heads, depth)
+        self.classifier = nn.Linear(width * len(self.times), classes)
+
+    def forward(self, maps: Mapping[Cell, Tensor]) -> Tensor:
+        """Logits (B, classes) of maps (B, C, h, w) of every cell."""
+        read = []
+        for t in self.times:
+            tokens = [
+                narrow(norm(maps[Cell(t, *kind)])).flatten(2).mT
+                for kind, norm, narrow in zip(self.kinds, self.norms, self.narrows, strict=True)
+            ]
+            sequence = self.blocks(torch.cat([self.cls.expand(len(tokens[0]), -1, -1), *tokens], dim=1))
+            read.append(sequence[:, 0])
+        logits: Tensor = self.classifier(torch.cat(read, dim=1))
         return logits
 
 
@@ -75,7 +148,7 @@ def make_head(kind: Kind, channels: int, side: int, classes: int, width: int = 2
 
 def fit_heads(
     heads: Mapping[K, nn.Module],
-    features: Mapping[K, Tensor],
+    features: Mapping[K, Tensor | Mapping[Cell, Tensor]],
     labels: Tensor,
     *,
     steps: int = 1000,
@@ -92,7 +165,7 @@ def fit_heads(
 
     Args:
         heads: trained in place, and left in eval mode.
-        features: maps (N, C, k, k) of each.
+        features: maps (N, C, k, k) of each; of a `DifFormerHead` those of all its cells.
         labels: (N,) class indices.
         steps, batch_size, lr, weight_decay: the usual.
         optimizer: "adamw", or plain "sgd".
@@ -106,11 +179,16 @@ def fit_heads(
         raise ValueError("no heads to train")
     if min(steps, batch_size) < 1:
         raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
+    inputs: dict[K, Tensor | dict[Cell, Tensor]] = {}
     for name in heads:
-        if len(features[name]) != len(labels):
-            raise ValueError(f"{name}: {len(features[name])} maps and {len(labels)} labels")
-        if not torch.isfinite(features[name]).all():
-            raise ValueError(f"{name}: there is a NaN or an infinity in the maps")
+        given = features[name]
+        cells = {} if isinstance(given, Tensor) else dict(given)  # a cache is read once
+        inputs[name] = given if isinstance(given, Tensor) else cells
+        for maps in [given] if isinstance(given, Tensor) else cells.values():
+            if len(maps) != len(labels):
+                raise ValueError(f"{name}: {len(maps)} maps and {len(labels)} labels")
+            if not torch.isfinite(maps).all():
+                raise ValueError(f"{name}: there is a NaN or an infinity in the maps")
     parameters = [p for head in heads.values() for p in head.train().parameters()]
     stepper: torch.optim.Optimizer = (
         torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
@@ -122,7 +200,8 @@ def fit_heads(
     for step in range(steps):
         rows = torch.randint(len(labels), (min(batch_size, len(labels)),), generator=generator)
         losses = {
-            name: F.cross_entropy(head(features[name][rows]), labels[rows]) for name, head in heads.items()
+            name: F.cross_entropy(head(_rows(inputs[name], rows)), labels[rows])
+            for name, head in heads.items()
         }
         for name, loss in losses.items():
             if not torch.isfinite(loss):
@@ -135,3 +214,7 @@ def fit_heads(
         schedule.step()
     for head in heads.values():
         head.eval()
+
+
+def _rows(maps: Tensor | dict[Cell, Tensor], rows: Tensor) -> Tensor | dict[Cell, Tensor]:
+    return maps[rows] if isinstance(maps, Tensor) else {cell: each[rows] for cell, each in maps.items()}

@@ -1,5 +1,6 @@
 """Diffusion features of diffusers' models, and our U-Net against theirs on shared weights. Needs diffusers."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from leaven.pretext.diffusion import DiffusionFeatures, Schedule, UNet, open_model
-from leaven.pretext.diffusion.blocks import as_map
+from leaven.pretext.diffusion import DifFeed, DiffusionFeatures, Schedule, UNet, open_model
+from leaven.pretext.diffusion.blocks import as_map, skip_pairs
 from leaven.pretext.diffusion.features import keyed_noise
 
 diffusers = pytest.importorskip("diffusers", reason='needs diffusers: pip install "leaven[diffusion]"')
@@ -182,3 +183,66 @@ def test_folders_are_opened(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot open") as error:
         open_model(tmp_path / "model")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "UNet2DConditionModel"])
+def test_feedback_goes_where_the_skips_come_from(name: str) -> None:
+    """With and without attention, whose output is the skip there; the added maps are seen by the decoder."""
+    model = MODELS[name]().eval()
+    given: dict[str, Tensor] = {}
+    pairs = skip_pairs(model)
+    assert len(pairs) == 4
+    made = DifFeed(
+        model, diffusers.DDPMScheduler(), images(1), 5, block="mid_block", width=16, heads=2
+    ).eval()
+    assert made.feedback == {
+        "down_blocks.0.resnets.0": "up_blocks.1.resnets.0",
+        "down_blocks.1.attentions.0": "up_blocks.0.attentions.0",
+    }
+    with torch.no_grad():
+        for convolution in made.convolutions:
+            convolution[1].bias.fill_(0.5)  # type: ignore[index]
+
+    def first(output: Any) -> Tensor:
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+    for encoder, decoder in pairs.items():
+        reader = decoder.replace("attentions", "resnets")
+        model.get_submodule(encoder).register_forward_hook(
+            lambda m, a, out, n=encoder: given.update({n: first(out)})
+        )
+        model.get_submodule(reader).register_forward_hook(
+            lambda m, a, out, n=decoder: given.update({n: a[0]})
+        )
+    x, t = images(), torch.full((3,), 90)
+    with torch.no_grad():
+        made._features.call(model, x, t)
+    for encoder, decoder in pairs.items():
+        assert torch.equal(given[decoder][:, -given[encoder].shape[1] :], given[encoder]), encoder
+    plain = feedless(made)
+    with torch.no_grad():
+        assert torch.equal(plain(x), made.head(one_map(made, x)))
+        assert not torch.allclose(made(x), plain(x), atol=1e-3)
+    made(x).sum().backward()
+    assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def feedless(made: DifFeed) -> DifFeed:
+    twin = copy.deepcopy(made)
+    with torch.no_grad():
+        for convolution in twin.convolutions:
+            convolution[0].weight.zero_()  # type: ignore[index]
+            convolution[1].bias.zero_()  # type: ignore[index]
+    return twin
+
+
+def one_map(made: DifFeed, x: Tensor) -> Tensor:
+    features = DiffusionFeatures(made.backbone, diffusers.DDPMScheduler(), ["mid_block"], (90,), pool=16)
+    return next(iter(features(x).values()))
+
+
+def test_a_transformer_has_nothing_to_feed() -> None:
+    with pytest.raises(ValueError, match="DiTTransformer2DModel has no encoder and decoder that are known"):
+        DifFeed(dit(), diffusers.DDPMScheduler(), images(1), 5, block=2)

@@ -326,3 +326,13 @@ def test_wrong_input(make: Callable[[], Any], message: str) -> None:
 def test_unknown_blocks_have_an_error_of_their_own() -> None:
     with pytest.raises(UnknownBlock):
         features(blocks=["mid"])
+
+
+def test_a_network_of_half_precision() -> None:
+    """Weights in bfloat16, norms computed in float32: near what full precision gives."""
+    full, half = net().eval(), net().eval().bfloat16()
+    t = torch.tensor([90])
+    with torch.no_grad():
+        expected, found = full(images(), t), half(images().bfloat16(), t)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.05
