@@ -42,7 +42,11 @@ def flag(default: T, help: str) -> T:
 class ImageSettings:
     """The flags of every recipe: a backbone, and images for it."""
 
-    backbone: str = flag("convnext_t", "timm name, tv:NAME for torchvision, or package.module:factory")
+    backbone: str = flag(
+        "convnext_t",
+        "timm name, tv:NAME for torchvision, or package.module:factory, a function that builds your own network (and "
+        "takes num_classes where a classifier is trained)",
+    )
     data: str = flag(
         "digits",
         "digits, tv:NAME@ROOT for a torchvision data set, hf:NAME[:SPLIT] for one of the Hugging Face hub or local "
