@@ -194,7 +194,8 @@ def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
     """Run a recipe's `main`. An error that the user can put right is one line on stderr, and exit code 2.
 
     Such errors are `UserError`, the named errors of backbones and SparK, and a loader's worker that was killed.
-    Anything else is a defect and keeps its traceback.
+    Anything else is a defect and keeps its traceback. Ctrl-C outside of the training, which saves first, is exit code
+    130 and one line.
 
     Args:
         main: called without arguments.
@@ -210,6 +211,9 @@ def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
     caught: tuple[type[Exception], ...] = (*known, RuntimeError)
     try:
         main()
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except caught as error:
         line = " ".join(str(error).split())
         if not isinstance(error, known):
