@@ -26,6 +26,9 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
+SHUFFLE_BUFFER = 1000
+
+
 class UserError(Exception):
     """Something that the user can put right: one line that says what is wrong and what to do."""
 
@@ -53,9 +56,11 @@ class ImageSettings:
         "Parquet files, or a folder of images",
     )
     image_column: str | None = flag(None, "hf: which column has the images; none: the only one of that type")
-    label_column: str | None = flag(None, "hf: which column has the classes; none: the only one of that type")
+    label_column: str | None = flag(
+        None, "hf: which column has the classes, numbers or text; none: the only ClassLabel"
+    )
     shuffle_buffer: int = flag(
-        1000, "hf: about how far an image may move from its neighbours when rows are shuffled"
+        SHUFFLE_BUFFER, "hf: about how far an image may move from its neighbours when rows are shuffled"
     )
     image_size: tuple[int, int] | None = flag(None, "N or HxW in pixels; none: what suits the data")
     in_chans: int = flag(3, "channels that the images are read with: 1 grey, 3 RGB")

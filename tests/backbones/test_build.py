@@ -116,7 +116,9 @@ def test_a_network_that_is_built_already_is_copied(nets) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("name", "side"), [("googlenet", 64), ("inception_v3", 96)])
-def test_torchvisions_inceptions_have_one_output(name: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvisions_inceptions_have_one_output(
+    name: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No auxiliary classifiers, in training either; pretrained ones see the images that they were trained on."""
     model = create(f"tv:{name}", num_classes=7)
     assert model(torch.randn(2, 3, side, side)).shape == (2, 7)
