@@ -251,6 +251,13 @@ def test_wrong_flags(
     assert message in refusal(lambda: module.main(flags), capsys)
 
 
+def test_a_study_that_is_refused_leaves_no_folder(recipe: Recipe) -> None:
+    flags = ["--backbone", "resnet10t", "--init", "nowhere.safetensors", "--workers", "0"]
+    program = start([sys.executable, DKM, *flags], Path())
+    assert program.wait(60) == 2
+    assert list(Path().iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("library", "flags", "extra"),
     [
