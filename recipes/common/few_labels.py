@@ -62,8 +62,8 @@ def keep_few(data: Data, amount: str | None, seed: int) -> Data:
     """
     if data.unlabelled:
         raise UserError(
-            f"--data {data.name} is taken as unlabelled: {data.unlabelled}; leave out what has no class, or train on it "
-            "with a recipe that needs none, such as recipes/spark.py"
+            f"--data {data.name} is taken as unlabelled: {data.unlabelled}; leave out what has no class, or train on "
+            "it with a recipe that needs none, such as recipes/spark.py"
         )
     if not data.classes:
         raise UserError(

@@ -5,6 +5,7 @@ Hugging Face datasets finds the files, their splits and the types of their colum
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -189,7 +190,7 @@ def lacking(spec: str, source: ParquetSource) -> str:
         return ""
     labels = source.labels
     assert labels is not None
-    strange = np.flatnonzero(labels >= len(columns.classes)) if columns.classes else []
+    strange = np.flatnonzero(labels >= (len(columns.classes) or math.inf))
     if len(strange):
         kind = "text that is no class of the training part" if columns.text else f"class {labels[strange[0]]}"
         raise UserError(
