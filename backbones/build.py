@@ -1,5 +1,6 @@
 """Build a plain backbone from a name, a dotted path or a module."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -15,6 +16,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # or keeps its one size. They change no state-dict key.
 _SIZE_ARGUMENTS = ("img_size", "dynamic_img_size", "strict_img_size")
 
+# torchvision's networks with auxiliary classifiers: in training they return several logits. They are built without.
+AUXILIARY = {"tv:googlenet": ("aux1", "aux2"), "tv:inception_v3": ("AuxLogits",)}
+
 
 def create(
     backbone: str | nn.Module,
@@ -28,10 +32,14 @@ def create(
     """A plain backbone, whose state-dict keys are those of plain timm or torchvision.
 
     Args:
-        backbone: a name (see `resolve`), or a module, which is returned as it is.
+        backbone: a name (see `resolve`), or a module, which is returned as it is. ``package.module:factory`` may name
+            a module, too, which is copied, or what builds one: it is called with those of ``in_chans``,
+            ``num_classes``, ``drop_path_rate``, ``pretrained`` that differ from their defaults here, and with
+            ``image_size`` if it takes it.
         pretrained: load timm's or torchvision's default weights; the classifier stays fresh where theirs does not fit.
         in_chans: channels of the input images.
-        num_classes: 0 for no classifier (timm); torchvision nets then keep the one they are built with.
+        num_classes: 0 for no classifier (timm); torchvision nets then keep the one they are built with. GoogLeNet and
+            Inception of torchvision come without their auxiliary classifiers, as with ``aux_logits=False``.
         drop_path_rate: stochastic depth; refused by name where the net has none and the rate is not 0.
         image_size: for nets that are built for one size; other nets take any size and ignore it.
 
@@ -107,6 +115,8 @@ def _torchvision(name: str, asked: dict[str, Any], image_size: int | tuple[int, 
     arguments: dict[str, Any] = {"weights": "DEFAULT" if "pretrained" in asked else None}
     if "num_classes" in asked:
         arguments["num_classes"] = asked["num_classes"]
+    if name in AUXILIARY and "pretrained" not in asked:
+        arguments["init_weights"] = True  # the default, which warns
     if image_size is not None and name.startswith("tv:vit_"):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height != width:
@@ -130,7 +140,23 @@ def _torchvision(name: str, asked: dict[str, Any], image_size: int | tuple[int, 
         top = max((drop.p for drop in drops), default=0.0)
         for drop in drops:
             drop.p *= rate / top
+    if name in AUXILIARY:
+        _plain_inception(name, model)
     return model
+
+
+def _plain_inception(name: str, model: Any) -> None:
+    """Take the auxiliary classifiers out: with weights, torchvision refuses ``aux_logits=False``.
+
+    With weights it also makes [-1, 1] of ImageNet-normalised images inside the network. No weights file would tell, so
+    images are to be normalised so in the first place.
+    """
+    model.aux_logits = False
+    for part in AUXILIARY[name]:
+        setattr(model, part, None)
+    if model.transform_input:
+        model.transform_input = False
+        model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 def _torchvision_fresh_classifier(
@@ -139,27 +165,40 @@ def _torchvision_fresh_classifier(
     """Pretrained but for the classifier: torchvision refuses another number of classes with its weights."""
     model = _torchvision(name, {k: v for k, v in asked.items() if k != "pretrained"}, image_size)
     donor = _torchvision(name, {k: v for k, v in asked.items() if k != "num_classes"}, image_size)
-    needed, taken = around_classifier(model, donor.state_dict())
-    if needed.keys() != taken.keys():  # GoogLeNet: its weights come without the auxiliary classifiers
-        raise ValueError(
-            f"{name}: its pretrained weights fit {name} with 1000 classes only; take a timm name"
-        )
+    _, taken = around_classifier(model, donor.state_dict())
     model.load_state_dict(taken, strict=False)
+    if name in AUXILIARY:
+        model.pretrained_cfg = donor.pretrained_cfg
     return model
 
 
 def _from_factory(name: str, asked: dict[str, Any], image_size: int | tuple[int, int] | None) -> nn.Module:
     factory = import_factory(name)
-    known = inspect.signature(factory).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    refused = [key for key in asked if key not in known and not takes_any]
+    if isinstance(factory, nn.Module):
+        if asked:
+            raise ValueError(
+                f"{name} is a network that is built already, and cannot be given {', '.join(asked)}: "
+                "name a function that builds it and takes them"
+            )
+        return copy.deepcopy(factory)  # what is trained must not be what the next call gets
+    signature = inspect.signature(factory)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    refused = [key for key in asked if key not in signature.parameters and not takes_any]
     if refused:
-        raise ValueError(
-            f"{name} takes no {', '.join(refused)}; add the argument to it or leave the flag out"
-        )
-    if image_size is not None and "image_size" in known:
+        raise ValueError(f"{name} takes no {', '.join(refused)}: {_how_to_take(refused)}")
+    if image_size is not None and "image_size" in signature.parameters:
         asked = {**asked, "image_size": image_size}
+    try:
+        signature.bind(**asked)
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be called with ({', '.join(asked)}): {error}") from None
     model = factory(**asked)
     if not isinstance(model, nn.Module):
         raise UnknownBackbone(f"{name} returned {type(model).__name__}, not an nn.Module")
     return model
+
+
+def _how_to_take(refused: list[str]) -> str:
+    if "num_classes" not in refused:
+        return "add the argument to it, or do not ask for it"
+    return "its classifier is built by that argument, 0 for none; add it, as in def factory(num_classes=0)"

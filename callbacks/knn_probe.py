@@ -1,13 +1,14 @@
 """An online kNN probe: how good are the backbone's features by now?"""
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from leaven.callbacks.core import Callback, Handle, Progress
+from leaven.callbacks.core import Callback, Handle, NoEffectWarning, Progress
 
 
 class KNNProbe(Callback):
@@ -15,7 +16,8 @@ class KNNProbe(Callback):
 
     The protocol is `leaven.pretext.evaluation.knn`'s. Images must already be normalised and are not
     augmented. Hooks are paused meanwhile, modules keep their modes and the random state is as before, so
-    training goes on as it would have without the probe. Every process computes the same number.
+    training goes on as it would have without the probe. Every process computes the same number. A training
+    with fewer updates than `every` is not measured, and a `NoEffectWarning` says so.
 
     Args:
         train: images (N, C, H, W) or a loader of batches, and labels (N,) in the same order: the bank to search.
@@ -61,6 +63,12 @@ class KNNProbe(Callback):
         self, model: nn.Module, optimizers: tuple[Optimizer, ...], progress: Progress
     ) -> Iterable[Handle]:
         self._backbone, self._progress = model, progress
+        if self.every > progress.total_steps:
+            warnings.warn(
+                f"{self!r} measures nothing: the training has {progress.total_steps} updates; lower every",
+                NoEffectWarning,
+                stacklevel=2,
+            )
         return ()
 
     def update(self) -> None:

@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("recipes/evaluate.py is for one process: leave the launcher out")
     resolve(settings.backbone)  # before a run folder is made for a typo
+    data = keep_few(find_data(settings), None, 0)
     run = open_run("evaluate", settings.backbone, output_dir=settings.output_dir, resume=None)
     print(set_threads(1))
-    data = keep_few(find_data(settings), None, 0)
     results = evaluate(settings, data)
     run.write(run.config, to_yaml(settings))
     about = {"backbone": resolve(settings.backbone), "init": settings.init, "data": data.name}

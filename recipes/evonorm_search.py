@@ -8,7 +8,8 @@ Every candidate is trained in three small networks; it is judged on a part of th
 held-out ones. --start none begins with random graphs, which takes many candidates before anything learns; with --random
 all are random, for comparison. --rerank trains the best of a search again, longer, and tells them on held-out images
 beside BatchNorm with ReLU and the published layers. The best lies in layer.json: `EvoNorm(genome="layer.json")` puts it
-into any backbone. What was stopped goes on with --resume auto.
+into any backbone. What was stopped goes on with --resume auto, and what is done with more --candidates: it becomes what
+it would have been with so many from the start.
 """
 
 import json
@@ -113,18 +114,21 @@ def main(argv: list[str] | None = None) -> None:
     data = keep_few(find_data(settings), settings.labels, settings.seed)
     if len(data.classes) < 2:
         raise UserError(f"--data {settings.data}: no labels, which trainings are judged by")
+    with user_errors(ValueError):
+        evolution = None if settings.rerank is not None else begin(settings, starts)
+    best = [] if settings.rerank is None else best_of(settings.rerank, settings.top)
     run = open_run("evonorm_search", data.name, output_dir=settings.output_dir, resume=settings.resume)
     print("\n".join([set_threads(settings.jobs), *data.notes]))
-    refuse_changes(run, settings)
+    refuse_changes(run, settings, may_grow="candidates")
     run.write(run.config, to_yaml(replace(settings, resume=None, output_dir=None)))
     collect(settings, data, run.path / "task.pt")
     print(f"{budget(settings, len(data.classes))}; anchors: {', '.join(settings.anchors)}")
     with user_errors(TrialsError, ValueError), stopping("search", run), ExitStack() as stack:
         how = executor(settings, stack)
-        if settings.rerank is not None:
-            rerank(settings, run, len(data.classes), how)
+        if evolution is None:
+            rerank(settings, best, run, len(data.classes), how)
         else:
-            find(settings, starts, run, len(data.classes), how)
+            find(settings, evolution, run, len(data.classes), how)
     if data.kind == "digits":
         print("digits are a smoke test of the recipe and no evidence")
 
@@ -173,31 +177,37 @@ def collect(settings: EvoNormSearchSettings, data: Data, cache: Path) -> None:
         temporary.replace(cache)
 
 
+def begin(settings: EvoNormSearchSettings, starts: Sequence[Genome]) -> AgeingEvolution:
+    """The search before its first candidate.
+
+    Raises:
+        ValueError: numbers out of range, or starts that are not of the series.
+    """
+    space = SearchSpace(settings.series, settings.nodes)
+    for genome in starts:
+        space.padded(genome)
+    shared: dict[str, Any] = {"start": starts, "accept": FreeChecks(), "seed": settings.seed}
+    if settings.winner == "nsga2":
+        with user_errors(ImportError):
+            return NSGA2(space, settings.population, scores=len(settings.anchors), **shared)
+    return AgeingEvolution(
+        space,
+        settings.population,
+        settings.tournament,
+        settings.winner,
+        random_only=settings.random,
+        **shared,
+    )
+
+
 def find(
     settings: EvoNormSearchSettings,
-    starts: Sequence[Genome],
+    evolution: AgeingEvolution,
     run: RunFolder,
     classes: int,
     how: dict[str, Any],
 ) -> None:
     """The search, and what came out of it."""
-    space = SearchSpace(settings.series, settings.nodes)
-    for genome in starts:
-        space.padded(genome)
-    shared: dict[str, Any] = {"start": starts, "accept": FreeChecks(), "seed": settings.seed}
-    evolution: AgeingEvolution
-    if settings.winner == "nsga2":
-        with user_errors(ImportError):
-            evolution = NSGA2(space, settings.population, scores=len(settings.anchors), **shared)
-    else:
-        evolution = AgeingEvolution(
-            space,
-            settings.population,
-            settings.tournament,
-            settings.winner,
-            random_only=settings.random,
-            **shared,
-        )
     function = partial(
         judge_file, str((run.path / "task.pt").resolve()), classes, budget(settings, classes), settings.anchors,
         settings.jobs, seed=settings.seed,
@@ -234,8 +244,8 @@ def write(found: AgeingEvolution, settings: EvoNormSearchSettings, run: RunFolde
     """Results in words, as JSON, and as pictures."""
     if not found.history:
         raise UserError(
-            f"none of {settings.candidates} candidates learnt anything ({found.looked_at} graphs were looked at): "
-            "give --start, more --candidates, or a lower --quality"
+            f"none of {settings.candidates} candidates learnt anything ({found.looked_at} graphs were looked at; the "
+            f"last: {found.rejected[max(found.rejected)]}): give --start, more --candidates, or a lower --quality"
         )
     front = {each.candidate.number for each in found.front()}
     rows = [
@@ -296,12 +306,23 @@ def genome_of(member: Member, settings: EvoNormSearchSettings) -> Genome:
     return replace(member.candidate.genome, meta=meta)
 
 
-def rerank(settings: EvoNormSearchSettings, run: RunFolder, classes: int, how: dict[str, Any]) -> None:
-    """The best of a search and what is known, trained longer, on the held-out images."""
-    known = Path(str(settings.rerank)) / "search.json"
+def best_of(folder: str, top: int) -> list[dict[str, Any]]:
+    """The best rows of a search."""
+    known = Path(folder) / "search.json"
     if not known.is_file():
-        raise UserError(f"--rerank {settings.rerank}: no search.json there: is the search done?")
-    found = json.loads(known.read_text())["found"][: settings.top]
+        raise UserError(f"--rerank {folder}: no search.json there: is the search done?")
+    rows: list[dict[str, Any]] = json.loads(known.read_text())["found"]
+    return rows[:top]
+
+
+def rerank(
+    settings: EvoNormSearchSettings,
+    found: list[dict[str, Any]],
+    run: RunFolder,
+    classes: int,
+    how: dict[str, Any],
+) -> None:
+    """The best of a search and what is known, trained longer, on the held-out images."""
     genomes = {f"candidate {each['candidate']}": json.dumps(each["genome"]) for each in found}
     genomes |= {name: Genome.named(name).to_json() for name in NAMED}
     mild = replace(budget(settings, classes), quality_steps=0, stability_steps=0)

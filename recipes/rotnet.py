@@ -27,7 +27,7 @@ from leaven.recipes.common.flags import UserError, flag, run_main
 from leaven.recipes.common.loop import fit
 from leaven.recipes.common.optimizer import make_optimizer
 from leaven.recipes.common.plots import bars, loss_curve
-from leaven.recipes.common.pretraining import PretrainSettings, observers, save_all
+from leaven.recipes.common.pretraining import PretrainSettings, check_labels, observers, save_all
 from leaven.recipes.common.probes import labelled, probe, recalibrate, unfit
 from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import leave_group, read_settings, start, synchronised
@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(settings: RotNetSettings, data: Data) -> None:
     """One run: data, RotNet, optimizer, loop, and what came out of it."""
+    check_labels(settings, data)
     accelerator, run, settings = start(settings, "rotnet")
     size = settings.image_size or data.image_size
     backbone = build_backbone(settings, size, settings.drop_path)
@@ -126,7 +127,8 @@ def train(settings: RotNetSettings, data: Data) -> None:
     paper = "Gidaris et al., Unsupervised Representation Learning by Predicting Image Rotations, ICLR 2018"
     name, chans = resolve(settings.backbone), settings.in_chans
     write_card(run, name, "RotNet", paper, data=about, how=how + lines, results=results, in_chans=chans)
-    print(f"run folder: {run.path} (weights, model card, log, plots/stages.png)")
+    picture = "stages" if stages else "loss"
+    print(f"run folder: {run.path} (weights, model card, log, plots/{picture}.png)")
     accelerator.end_training()
 
 
@@ -162,7 +164,7 @@ def stage_curve(
     backbones: dict[str, nn.Module], images: Images, settings: RotNetSettings, path: Any
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Linear probes of every stage: results and lines to print, and a picture of them."""
-    if unfit(images, settings.probe_images):
+    if unfit(images.data, settings.probe_images):
         return [], []
     parts = labelled(images, settings.probe_images)
     curves: dict[str, dict[str, float]] = {}

@@ -9,7 +9,7 @@ teacher that is not better than its student has little to teach. Everything else
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     settings = read_settings(ScaleKDSettings, argv, PRESETS)
     distil = partial(train, method=METHOD)
     if settings.dry_run:
-        return dry_run(distil, settings, classes=10, surgery=surgery(settings))
+        return dry_run(
+            distil, replace(settings, labels=None, labels_seed=0), classes=10, surgery=surgery(settings)
+        )
     if settings.teacher_weights is None:
         raise UserError(
             "--teacher-weights: give FILE or pretrained; a teacher that has learnt nothing teaches nothing"
@@ -97,6 +99,11 @@ def distilled(
             student_statistics=(tuple(images.mean), tuple(images.std)),
             teacher_statistics=(tuple(mean), tuple(std)),
         ).to(device)
+    try:
+        objective.check_image_size(*images.size)
+    except ValueError as error:
+        size = "x".join(map(str, images.size))
+        raise UserError(f"--image-size {size} does not suit --teacher {settings.teacher}: {error}") from error
     lines = [f"teacher: {resolve(settings.teacher)}, {settings.teacher_weights}, frozen"]
     if images.data.classes and getattr(teacher, "num_classes", 0) == len(images.data.classes):
         held_out = images.whole(images.data.val, 2000, crop_pct=settings.crop_pct)

@@ -27,7 +27,7 @@ from leaven.recipes.common.loop import fit
 from leaven.recipes.common.masked import describe, draw_reconstructions, held_out_loss, judge
 from leaven.recipes.common.optimizer import make_optimizer
 from leaven.recipes.common.plots import loss_curve
-from leaven.recipes.common.pretraining import PretrainSettings, observers, save_all
+from leaven.recipes.common.pretraining import PretrainSettings, check_labels, observers, save_all
 from leaven.recipes.common.probes import probe, recalibrate
 from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import leave_group, read_settings, start, synchronised
@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(settings: SparkSettings, data: Data) -> None:
     """One run: data, SparK, optimizer, loop, and what came out of it."""
+    check_labels(settings, data)
     accelerator, run, settings = start(settings, "spark")
     size = settings.image_size or data.image_size
     backbone = build_backbone(settings, size, settings.drop_path)

@@ -14,15 +14,17 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from leaven.backbones import layer_groups, resolve
+from leaven.backbones.probe import UNSUITABLE, reason_of, untouched
 from leaven.callbacks import AttachError, EvoNorm, TrAct, attach, evo_norm, replace_norm_act
 from leaven.pretext import Output, Supervised
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
 from leaven.recipes.common.curriculum import CurriculumSettings, follow
-from leaven.recipes.common.data import Data
+from leaven.recipes.common.data import Data, KeyedLoader
 from leaven.recipes.common.dry_run import dry_run
 from leaven.recipes.common.few_labels import keep_few
 from leaven.recipes.common.flags import UserError, flag, run_main
@@ -30,6 +32,7 @@ from leaven.recipes.common.loop import fit
 from leaven.recipes.common.optimizer import layer_scales, make_optimizer
 from leaven.recipes.common.plots import loss_curve
 from leaven.recipes.common.policies import mixing
+from leaven.recipes.common.run_folder import RunFolder
 from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import leave_group, read_settings, start, synchronised
 from leaven.recipes.common.validation import Validation
@@ -91,6 +94,8 @@ class TrainSettings(CurriculumSettings):
             raise UserError(f"--tract-lam must be greater than 0, got {self.tract_lam}")
         if self.tract_lam != 0.1 and "tract" not in self.callbacks:
             raise UserError("--tract-lam is of a callback: add --callbacks tract")
+        if self.labels_seed and self.labels is None:
+            raise UserError("--labels-seed chooses among labelled images: add --labels")
         if len(self.evonorms) > 1:
             raise UserError(
                 f"--callbacks {','.join(self.callbacks)}: one EvoNorm takes the place of all others"
@@ -144,7 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     """Read the flags and train."""
     settings = read_settings(TrainSettings, argv, PRESETS)
     if settings.dry_run:
-        return dry_run(train, replace(settings, labels=None), classes=10, surgery=surgery(settings))
+        return dry_run(
+            train, replace(settings, labels=None, labels_seed=0), classes=10, surgery=surgery(settings)
+        )
     train(settings, find_data(settings))
 
 
@@ -168,42 +175,24 @@ SUPERVISED = Method("train", "supervised training", "timm's losses and mixing", 
 
 def train(settings: TrainSettings, data: Data, method: Method = SUPERVISED) -> None:
     """One run: data, network, objective, optimizer, loop, and what came out of it."""
+    data = keep_few(data, settings.labels, settings.labels_seed)
     accelerator, run, settings = start(settings, method.recipe)
     size, classes = settings.image_size or data.image_size, len(data.classes)
-    data = keep_few(data, settings.labels, settings.labels_seed)
     backbone = build_backbone(settings, size, settings.drop_path, classes)
     images = Images.of(data, settings, size, backbone)
     with user_errors(ValueError):
         objective, how = method.objective(settings, backbone, images, accelerator.device)
         mix = mixing(settings.mixup, settings.cutmix, settings.smoothing, classes)
-    ema = settings.average()
     if mix is not None and settings.batch_size % 2:
         raise UserError(f"--mixup and --cutmix pair images: --batch-size {settings.batch_size} must be even")
-    depths = layer_groups(backbone, size)
-    layers = max(depths.values()) - 1
-    if settings.layer_decay != 1:
-        how.append(
-            f"layer-wise decay {settings.layer_decay:g} over {layers} groups of blocks: the stem learns at "
-            f"{settings.layer_decay ** (layers + 1):.3g} of the learning rate"
-        )
-    about = [*data.notes, str(images)]
-    optimizer = make_optimizer(objective, settings, layer_scales(depths, settings.layer_decay, "backbone."))
-    loader, to_pixels = images.train(
-        settings.crop_scale,
-        accelerator,
-        hflip=settings.hflip,
-        aa=settings.aa,
-        reprob=settings.reprob,
-        repeats=settings.aug_repeats,
-        interpolation=settings.loader_op or "bicubic",
-    )
+    check_size(settings, backbone, size)
+    scales, lines = layer_decay(settings, backbone, size)
+    optimizer = make_optimizer(objective, settings, scales)
+    loader, to_pixels = crops(settings, images, accelerator)
     plan = Plan.of(loader.batch_sampler, settings)
-    plan, curriculum, lines = follow(settings, plan, loader, size, multiple=16)
-    how += lines + settings.about_average(plan.total)
+    plan, curriculum, more = follow(settings, plan, loader, size, multiple=16)
+    about, how = [*data.notes, str(images)], how + lines + more + settings.about_average(plan.total)
     accelerator.print("\n".join(about + how))
-    share = accelerator.process_index, accelerator.num_processes
-    held_out = images.whole(data.val, len(data.val), crop_pct=settings.crop_pct, share=share)
-    validation = Validation(held_out, settings.eval_every * plan.updates_per_epoch, accelerator, ema)
     objective = synchronised(objective, accelerator)  # its parameters stay the optimizer's
 
     def forward(model: nn.Module, batch: Any, generator: torch.Generator) -> Output:
@@ -213,6 +202,10 @@ def train(settings: TrainSettings, data: Data, method: Method = SUPERVISED) -> N
         output: Output = model(pixels, targets)
         return output
 
+    share = accelerator.process_index, accelerator.num_processes
+    held_out = images.whole(data.val, len(data.val), crop_pct=settings.crop_pct, share=share)
+    ema = settings.average()
+    validation = Validation(held_out, settings.eval_every * plan.updates_per_epoch, accelerator, ema)
     evonorms = [EvoNorm(kind) for kind in settings.evonorms]
     # Whole updates: what is learnt does not depend on --grad-accum-steps.
     tract = TrAct(settings.tract_lam, when="step") if "tract" in settings.callbacks else None
@@ -223,18 +216,77 @@ def train(settings: TrainSettings, data: Data, method: Method = SUPERVISED) -> N
     lines += [f"EvoNorm-{each.kind}: {line}" for each in evonorms for line in each.report.summary()]
     for line in lines:
         accelerator.print(line)
-    how += lines
     with callbacks:
         fit(accelerator, objective, optimizer, loader, forward, plan, settings, run, callbacks)
-    if not leave_group(accelerator):
-        return
+    if leave_group(accelerator):
+        conclude(settings, method, run, images, objective, validation, about, how + lines)
+        accelerator.end_training()
 
+
+def check_size(settings: TrainSettings, backbone: nn.Module, size: tuple[int, int]) -> None:
+    """Whether the network takes images of this size.
+
+    Raises:
+        UserError: it does not.
+    """
+    blank = torch.zeros(1, settings.in_chans, *size, device=next(backbone.parameters()).device)
+    try:
+        with untouched(backbone), torch.no_grad():
+            backbone(blank)
+    except UNSUITABLE as error:
+        raise UserError(
+            f"--image-size {size[0]}x{size[1]} does not suit --backbone {settings.backbone}: {reason_of(error)}"
+        ) from error
+
+
+def layer_decay(
+    settings: TrainSettings, backbone: nn.Module, size: tuple[int, int]
+) -> tuple[dict[str, float], list[str]]:
+    """The learning rate's factor of each parameter of the objective, and lines to print."""
+    depths = layer_groups(backbone, size)
+    scales = layer_scales(depths, settings.layer_decay, "backbone.")
+    if settings.layer_decay == 1:
+        return scales, []
+    layers = max(depths.values()) - 1
+    return scales, [
+        f"layer-wise decay {settings.layer_decay:g} over {layers} groups of blocks: the stem learns at "
+        f"{settings.layer_decay ** (layers + 1):.3g} of the learning rate"
+    ]
+
+
+def crops(
+    settings: TrainSettings, images: Images, accelerator: Accelerator
+) -> tuple[KeyedLoader, Callable[[Any], Tensor]]:
+    """The training images under the flags' augmentation; see `Images.train`."""
+    return images.train(
+        settings.crop_scale,
+        accelerator,
+        hflip=settings.hflip,
+        aa=settings.aa,
+        reprob=settings.reprob,
+        repeats=settings.aug_repeats,
+        interpolation=settings.loader_op or "bicubic",
+    )
+
+
+def conclude(
+    settings: TrainSettings,
+    method: Method,
+    run: RunFolder,
+    images: Images,
+    objective: Any,
+    validation: Validation,
+    about: list[str],
+    how: list[str],
+) -> None:
+    """Weights, plot, results and model card of a finished run."""
+    data, size, classes = images.data, images.size, len(images.data.classes)
     loss_curve(run.rows(), run.plots / "loss.png", f"{settings.backbone} on {data.name}")
     notes = {"method": method.title, **images.notes, "num_classes": classes}
     with user_errors(OSError):
         objective.export(run.backbone, name=settings.backbone, **notes)
-        if ema is not None:
-            averaged: Any = ema.module
+        if validation.ema is not None:
+            averaged: Any = validation.ema.module
             averaged.export(run.path / "backbone-ema.safetensors", name=settings.backbone, **notes)
     protocol = f"resized to {size[0]}x{size[1]} / {settings.crop_pct:g}, centre crop, after the last update"
     lines = [f"{len(data.val)} held-out images, {protocol}"]
@@ -256,10 +308,9 @@ def train(settings: TrainSettings, data: Data, method: Method = SUPERVISED) -> N
         results=results,
         in_chans=settings.in_chans,
         num_classes=classes,
-        surgery=[line for each in evonorms for line in _code(each.kind)],
+        surgery=[line for kind in settings.evonorms for line in _code(kind)],
     )
     print(f"run folder: {run.path} (weights, model card, log, plots/loss.png)")
-    accelerator.end_training()
 
 
 def _code(kind: str) -> list[str]:

@@ -49,6 +49,27 @@ def test_ls_lists_the_real_recipes_from_their_files() -> None:
     assert "spark" in expected
 
 
+def test_as_a_module_and_into_a_pipe_that_closes(tmp_path: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    run = {"cwd": tmp_path, "env": clone_environment(), "stderr": subprocess.PIPE, "text": True}
+    done = subprocess.run([sys.executable, "-m", "leaven", "ls"], stdout=writes, **run)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+    done = subprocess.run([sys.executable, "-m", "leaven", "ls"], stdout=subprocess.PIPE, **run)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "spark" in done.stdout
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def stopped() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "doctor", stopped)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == ""
+
+
 # --- cp
 
 

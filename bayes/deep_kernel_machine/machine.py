@@ -80,7 +80,9 @@ class DeepKernelMachine(nn.Module):
         if depth < 1 or n_inducing < 1 or in_features < 1 or out_features < 1:
             raise ValueError("in_features, out_features, depth and n_inducing must be at least 1")
         if len(self.nu) != depth - 1 or not all(each > 0 for each in self.nu):
-            raise ValueError(f"nu must be {depth - 1} numbers greater than 0 at depth {depth}, got {nu}")
+            raise ValueError(
+                f"nu must be one number greater than 0, or at depth {depth} a sequence of {depth - 1}, got {nu}"
+            )
         if kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
         if likelihood not in ("gaussian", "categorical") or kl not in ("exact", "taylor"):
@@ -180,11 +182,19 @@ class DeepKernelMachine(nn.Module):
         if noise is not None:
             targets = (targets.unsqueeze(1) if targets.ndim == 1 else targets).double()
             if targets.shape != mean.shape:
-                raise ValueError(f"targets {tuple(targets.shape)} for outputs {tuple(mean.shape)}")
+                raise ValueError(
+                    f"targets {tuple(targets.shape)} for outputs {tuple(mean.shape)}; of classes give indices (B,) and "
+                    'build the machine with likelihood="categorical"'
+                )
             each = ((targets - mean).square() + variance) / noise + noise.log() + math.log(2 * math.pi)
             return -0.5 * each.sum(1)
-        if targets.shape != mean.shape[:1] or targets.is_floating_point():
+        if targets.shape != mean.shape[:1]:
             raise ValueError(f"class indices ({len(mean)},) are needed, not {tuple(targets.shape)}")
+        if targets.is_floating_point():
+            raise ValueError(
+                f'class indices must be whole numbers, not {targets.dtype}: call .long(), or likelihood="gaussian" for '
+                "real targets"
+            )
         noise = torch.randn(self.draws, *mean.shape, dtype=mean.dtype, device=mean.device)
         functions = mean + variance.sqrt() * noise
         log_probs = F.log_softmax(functions, -1).mean(0)

@@ -1,6 +1,7 @@
 """Match a functional prior to a Gaussian process."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -66,42 +67,51 @@ def fit_prior(
     critic: Critic | None = None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for step in range(steps):
+        for step in range(1, steps + 1):
             x = measure(generator)
-
-            def both(x: Tensor = x) -> tuple[Tensor, Tensor]:
-                f = prior.functions(x, functions, generator, chunk_size)
-                f = f.unsqueeze(-1) if f.ndim == 2 else f
-                if f.shape[-1] != target.outputs:
-                    raise ValueError(f"the network has {f.shape[-1]} outputs and the target {target.outputs}")
-                return f.mT, target.sample(x, functions, generator).to(f).mT  # (functions, outputs, M)
-
+            draw = partial(_functions, prior, target, x, functions, generator, chunk_size)
             if distance == "w1":
-                if critic is None:
-                    critic = Critic(len(x)).to(device=device, dtype=next(prior.parameters()).dtype)
+                critic = critic or Critic(len(x)).to(device=device, dtype=next(prior.parameters()).dtype)
                 critic.reset()
                 with torch.no_grad():
-                    f, g = both()
-                train_critic(
-                    critic, f.flatten(0, 1), g.flatten(0, 1), critic_steps, critic_lr, threshold=threshold
-                )
-            f, g = both()
-            outputs = f.shape[1]
-            if distance == "w1":
-                assert critic is not None
-                found = outputs * (critic(f.flatten(0, 1)).mean() - critic(g.flatten(0, 1)).mean())
-            else:
-                way = energy_distance if distance == "energy" else sliced_distance
-                found = torch.stack([way(f[:, i], g[:, i]) for i in range(outputs)]).sum()
+                    f, g = (values.flatten(0, 1) for values in draw())
+                train_critic(critic, f, g, critic_steps, critic_lr, threshold=threshold)
+            found = _between(*draw(), distance, critic)
             if not torch.isfinite(found):
-                raise FloatingPointError(f"the distance is {float(found)} at update {step + 1}: lower lr")
+                raise FloatingPointError(f"the distance is {float(found)} at update {step}: lower lr")
             optimizer.zero_grad()
             found.backward()
             optimizer.step()
             history.append(float(found.detach()))
             if report is not None:
-                report(step + 1, history[-1])
+                report(step, history[-1])
     return history
+
+
+def _functions(
+    prior: FunctionalPrior,
+    target: GPTarget,
+    x: Tensor,
+    functions: int,
+    generator: torch.Generator,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Values (functions, outputs, M) of the prior's functions and of the target's."""
+    f = prior.functions(x, functions, generator, chunk_size)
+    f = f.unsqueeze(-1) if f.ndim == 2 else f
+    if f.shape[-1] != target.outputs:
+        raise ValueError(f"the network has {f.shape[-1]} outputs and the target {target.outputs}")
+    return f.mT, target.sample(x, functions, generator).to(f).mT
+
+
+def _between(f: Tensor, g: Tensor, distance: Distance, critic: Critic | None) -> Tensor:
+    """The distance of functions (functions, outputs, M), summed over outputs; "w1" by its trained critic."""
+    outputs = f.shape[1]
+    if critic is not None:
+        means: Tensor = critic(f.flatten(0, 1)).mean() - critic(g.flatten(0, 1)).mean()
+        return outputs * means
+    way = energy_distance if distance == "energy" else sliced_distance
+    return torch.stack([way(f[:, i], g[:, i]) for i in range(outputs)]).sum()
 
 
 def table_measure(x: Tensor, points: int = 100, real: float = 0.7, margin: float = 0.1) -> Measure:

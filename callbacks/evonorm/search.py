@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from leaven.callbacks.evonorm.evolution import AgeingEvolution
-from leaven.trials import run_trials
+from leaven.trials import TrialsError, run_trials
 
 
 def search(
@@ -24,7 +24,8 @@ def search(
     """Judge so many candidates, a round at a time; what a round found is told in the order in which it was asked for.
 
     So the search depends neither on the executor nor on who was faster, and a resumed one is the uninterrupted one:
-    what the journal knows is not judged again. A candidate whose judge fails, hangs or dies is rejected.
+    what the journal knows is not judged again. With more candidates it is what it would have been with so many from the
+    start. A candidate whose judge fails, hangs or dies is rejected.
 
     Args:
         evolution: what asks.
@@ -37,10 +38,13 @@ def search(
 
     Returns:
         The evolution.
+
+    Raises:
+        TrialsError: the judge failed for each candidate; or see `run_trials`.
     """
     if candidates < 1 or round_size < 1:
         raise ValueError(f"candidates and round_size must be at least 1, got {candidates} and {round_size}")
-    done = 0
+    done, failed = 0, list[str]()
     while done < candidates:
         asked = [evolution.ask() for _ in range(min(round_size, candidates - done))]
         trials = {f"candidate {each.number}": {"genome": each.genome.to_json()} for each in asked}
@@ -50,8 +54,13 @@ def search(
         for candidate, outcome in zip(asked, outcomes.values(), strict=True):
             found = outcome.result or {}
             why = outcome.failure or found.get("rejected", "")
+            failed += [outcome.failure] if outcome.failure else []
             evolution.tell(candidate.number, None if why else found["scores"], why)
         done += len(asked)
         if report is not None:
             report(evolution)
+    if len(failed) == candidates:
+        raise TrialsError(
+            f"the judge failed for each of {candidates} candidates, for the last with {failed[-1]}"
+        )
     return evolution

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from leaven import __version__
+from leaven.backbones.build import AUXILIARY
 from leaven.recipes.common.launcher import PROGRAMS, find_launcher
 from leaven.recipes.common.run_folder import RunFolder
 
@@ -49,7 +50,8 @@ def write_card(
     classes = f", num_classes={num_classes}" if num_classes else ""
     package, plain = "timm", f"timm.create_model({name!r}, num_classes={num_classes}{channels})"
     if backbone.startswith("tv:"):
-        package, plain = "torchvision", f"torchvision.models.get_model({name!r}{classes})"
+        plainly = ", aux_logits=False, init_weights=False" if backbone in AUXILIARY else ""
+        package, plain = "torchvision", f"torchvision.models.get_model({name!r}{classes}{plainly})"
     elif ":" in backbone:
         package, plain = backbone.split(":")[0], f"{backbone.replace(':', '.')}({(channels + classes)[2:]})"
     pictures = sorted(path.name for path in run.plots.glob("*.png"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from leaven.recipes.common.augment import Transform
-from leaven.recipes.common.flags import UserError
+from leaven.recipes.common.flags import SHUFFLE_BUFFER, UserError
 from leaven.recipes.common.folders import split_folder
 from leaven.recipes.common.hf import open_hf, parse
 from leaven.recipes.common.sampler import Key, KeyedBatchSampler
@@ -46,6 +46,7 @@ class Data:
         mean, std: per channel, of images in [0, 1].
         image_size: (H, W) to train at, a suggestion.
         notes: lines to print: what was found and decided.
+        unlabelled: why there are no classes, where the data has a column for them.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Data:
     std: tuple[float, ...]
     image_size: tuple[int, int]
     notes: list[str] = field(default_factory=list)
+    unlabelled: str = ""
 
 
 def open_data(
@@ -67,7 +69,7 @@ def open_data(
     in_chans: int = 3,
     image_column: str | None = None,
     label_column: str | None = None,
-    shuffle_buffer: int = 1000,
+    shuffle_buffer: int = SHUFFLE_BUFFER,
 ) -> Data:
     """Open the data that a `--data` text names.
 
@@ -87,16 +89,20 @@ def open_data(
     for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
         if column is not None and not spec.startswith("hf:"):
             raise UserError(f"{flag} is of --data hf:NAME, and --data is {spec}")
+    if shuffle_buffer != SHUFFLE_BUFFER and not spec.startswith("hf:"):
+        raise UserError(f"--shuffle-buffer is of --data hf:NAME: all rows of {spec} are shuffled together")
     if spec == "digits":
         return _open_digits(seed, in_chans)
     if spec.startswith("tv:"):
         return _open_torchvision(spec, in_chans, max_bad_images)
     if spec.startswith("hf:"):
         columns = image_column, label_column
-        train, val, classes, notes = open_hf(spec, in_chans, max_bad_images, seed, *columns, shuffle_buffer)
-        mean, std = channel_statistics(train)
-        name = os.path.basename(parse(spec)[0].rstrip("/"))
-        return Data(name, "hf", train, val, classes, mean, std, suggested_size(train), notes)
+        found = open_hf(spec, in_chans, max_bad_images, seed, *columns, shuffle_buffer)
+        mean, std = channel_statistics(found.train)
+        name, size = os.path.basename(parse(spec)[0].rstrip("/")), suggested_size(found.train)
+        return Data(
+            name, "hf", found.train, found.val, found.classes, mean, std, size, found.notes, found.unlabelled
+        )
     return _open_folder(os.path.expanduser(spec), seed, in_chans, max_bad_images)
 
 
@@ -211,7 +217,8 @@ class KeyedLoader(DataLoader[tuple[Any, int]]):
                     raise
                 raise source.too_many() from None
             except LostData as error:
-                raise LostData(str(error).strip().splitlines()[-1].rpartition("LostData: ")[2]) from None
+                line = str(error).strip().splitlines()[-1].rpartition("LostData: ")[2]
+                raise LostData(f"{line}; what was saved is kept: --resume auto") from None
             if source is not None:
                 source.report()
             self.batch_sampler.advance()

@@ -51,6 +51,7 @@ def dry_run(
         small = replace(
             settings,
             epochs=2,
+            warmup_epochs=min(settings.warmup_epochs, 1.0),
             batch_size=batch,
             global_batch_size=None,
             limit_batches=settings.grad_accum_steps,

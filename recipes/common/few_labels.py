@@ -60,6 +60,11 @@ def keep_few(data: Data, amount: str | None, seed: int) -> Data:
     Raises:
         UserError: the data is not labelled, or see `few_labels`.
     """
+    if data.unlabelled:
+        raise UserError(
+            f"--data {data.name} is taken as unlabelled: {data.unlabelled}; leave out what has no class, or train on "
+            "it with a recipe that needs none, such as recipes/spark.py"
+        )
     if not data.classes:
         raise UserError(
             f"--data {data.name} has no labels; give a folder with one sub-folder per class (of hf: data the "

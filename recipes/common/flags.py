@@ -26,6 +26,9 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
+SHUFFLE_BUFFER = 1000
+
+
 class UserError(Exception):
     """Something that the user can put right: one line that says what is wrong and what to do."""
 
@@ -42,16 +45,22 @@ def flag(default: T, help: str) -> T:
 class ImageSettings:
     """The flags of every recipe: a backbone, and images for it."""
 
-    backbone: str = flag("convnext_t", "timm name, tv:NAME for torchvision, or package.module:factory")
+    backbone: str = flag(
+        "convnext_t",
+        "timm name, tv:NAME for torchvision, or package.module:factory, a function that builds your own network (and "
+        "takes num_classes where a classifier is trained)",
+    )
     data: str = flag(
         "digits",
         "digits, tv:NAME@ROOT for a torchvision data set, hf:NAME[:SPLIT] for one of the Hugging Face hub or local "
         "Parquet files, or a folder of images",
     )
     image_column: str | None = flag(None, "hf: which column has the images; none: the only one of that type")
-    label_column: str | None = flag(None, "hf: which column has the classes; none: the only one of that type")
+    label_column: str | None = flag(
+        None, "hf: which column has the classes, numbers or text; none: the only ClassLabel"
+    )
     shuffle_buffer: int = flag(
-        1000, "hf: about how far an image may move from its neighbours when rows are shuffled"
+        SHUFFLE_BUFFER, "hf: about how far an image may move from its neighbours when rows are shuffled"
     )
     image_size: tuple[int, int] | None = flag(None, "N or HxW in pixels; none: what suits the data")
     in_chans: int = flag(3, "channels that the images are read with: 1 grey, 3 RGB")
@@ -190,7 +199,8 @@ def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
     """Run a recipe's `main`. An error that the user can put right is one line on stderr, and exit code 2.
 
     Such errors are `UserError`, the named errors of backbones and SparK, and a loader's worker that was killed.
-    Anything else is a defect and keeps its traceback.
+    Anything else is a defect and keeps its traceback. Ctrl-C outside of the training, which saves first, is exit code
+    130 and one line.
 
     Args:
         main: called without arguments.
@@ -206,6 +216,9 @@ def run_main(main: Callable[[], Any], *errors: type[Exception]) -> None:
     caught: tuple[type[Exception], ...] = (*known, RuntimeError)
     try:
         main()
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except caught as error:
         line = " ".join(str(error).split())
         if not isinstance(error, known):

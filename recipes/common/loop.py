@@ -74,6 +74,8 @@ def fit(
         objective.to(memory_format=torch.channels_last)
     if settings.compile:
         objective.compile()
+    for line in plan.about_warmup:
+        accelerator.print(line)
     model, stepper = accelerator.prepare(objective, optimizer)
     model.train()
     # From here on the global generators differ between processes, and do not depend on what was done before.

@@ -13,7 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,11 +34,28 @@ _WAITS = (1, 5, 25)  # seconds before a file that does not answer is asked again
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns to read: the images, and the classes if there are any."""
+    """Which columns to read: the images, and the classes if there are any.
+
+    Attributes:
+        image, label: their names.
+        classes: names of the classes, in order.
+        text: the label column holds these names, and no numbers.
+    """
 
     image: str
     label: str | None
     classes: tuple[str, ...]
+    text: bool = False
+
+    def number(self, value: int | str | None) -> int:
+        """The class of a stored value: -1 where there is none, beyond all others for an unknown name."""
+        if value is None:
+            return -1
+        return self._numbers.get(str(value), len(self.classes)) if self.text else int(value)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.classes)}
 
 
 class ParquetSource(TolerantSource):
@@ -54,6 +72,7 @@ class ParquetSource(TolerantSource):
     """
 
     stored_bytes = 0
+    labels_known_good = False  # by the files' footers: no row lacks its class
     _labels: NDArray[np.int64] | None = None
 
     def __init__(
@@ -86,14 +105,21 @@ class ParquetSource(TolerantSource):
     def labels(self) -> NDArray[np.int64] | None:
         """All classes (N,), of rows as they are stored; the column is read when it is first asked for."""
         if self._labels is None and self.columns.label is not None:
-            read = partial(_column, storage=self.storage, column=self.columns.label)
-            with ThreadPoolExecutor(8) as pool:
-                self._labels = np.concatenate(list(pool.map(read, self.files)))
+            number = self.columns.number
+            numbers = ([number(value) for value in values] for values in self.stored_labels())
+            self._labels = np.fromiter(chain.from_iterable(numbers), dtype=np.int64)
         return self._labels
 
     @labels.setter
     def labels(self, labels: NDArray[np.int64] | None) -> None:
         self._labels = labels
+
+    def stored_labels(self) -> list[list[Any]]:
+        """The label column of each file, as it is stored."""
+        assert self.columns.label is not None
+        read = partial(_column, storage=self.storage, column=self.columns.label)
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(read, self.files))
 
     def label(self, index: int) -> int | None:
         """The class of `image(index)`, None where there is none."""
@@ -102,21 +128,19 @@ class ParquetSource(TolerantSource):
         if self._status[index] != self._GOOD:
             index = self._first_readable(index)[0]
         row, table = self._row(index)
-        return _class(table[self.columns.label][row].as_py())
-
-    def labelled(self) -> bool:
-        """Whether no row of the first row group lacks its class; hidden ones are often stored as -1."""
-        if self.columns.label is None:
-            return True
-        values = self._table(0)[self.columns.label].to_pylist()
-        return all(_class(value) >= 0 for value in values)
+        return self.columns.number(table[self.columns.label][row].as_py())
 
     def read(self, index: int, reduction: Reduction | None = None) -> Tensor:
         row, table = self._row(index)
         value = table[self.columns.image][row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not data:
-            raise BadImage("there is no image in this row")
+            path = value.get("path") if isinstance(value, dict) else None
+            raise BadImage(
+                f"the file holds no image here but the path {path}"
+                if path
+                else "there is no image in this row"
+            )
         return decode(data, self.in_chans, reduction)
 
     def name(self, index: int) -> str:
@@ -175,9 +199,7 @@ def patiently(read: Callable[[], T], file: str, waits: Sequence[float] = _WAITS)
         except (OSError, ValueError) as error:  # pyarrow's errors are of both kinds
             if wait is None:
                 line = " ".join(str(error).split())[:200]
-                raise LostData(
-                    f"cannot read {file} ({line}); what was saved is kept: --resume auto"
-                ) from error
+                raise LostData(f"cannot read {file} ({line})") from error
             time.sleep(wait)
     raise AssertionError
 
@@ -192,18 +214,15 @@ def parquet_file(file: str, storage: dict[str, Any]) -> Any:
     return pq.ParquetFile(system.open(path, "rb"))
 
 
-def _column(file: str, storage: dict[str, Any], column: str) -> NDArray[np.int64]:
-    """All classes of a file, without its images."""
+def _column(file: str, storage: dict[str, Any], column: str) -> list[Any]:
+    """A column of a file, without its images."""
 
-    def read() -> NDArray[np.int64]:
+    def read() -> list[Any]:
         values = parquet_file(file, storage).read(columns=[column], use_threads=False)[column]
-        return np.array([_class(value) for value in values.to_pylist()], dtype=np.int64)
+        found: list[Any] = values.to_pylist()
+        return found
 
     return patiently(read, file)
-
-
-def _class(value: int | None) -> int:
-    return -1 if value is None else value
 
 
 def open_parquet(
@@ -215,21 +234,58 @@ def open_parquet(
     files: Sequence[str],
     columns: Columns,
 ) -> ParquetSource:
-    """The files' footers tell their row groups."""
+    """The files' footers tell their row groups.
 
-    def groups(file: str) -> list[tuple[int, int]]:
-        def read() -> list[tuple[int, int]]:
-            about = parquet_file(file, storage).metadata
-            found = (about.row_group(i) for i in range(about.num_row_groups))
-            return [(group.num_rows, group.total_byte_size) for group in found]
+    Raises:
+        UserError: columns that are not in all files, or not of one kind; fewer than two rows.
+    """
+
+    def groups(file: str) -> list[tuple[int, int, bool]]:
+        def read() -> list[tuple[int, int, bool]]:
+            parquet = parquet_file(file, storage)
+            if wrong := _clash(columns, parquet.schema_arrow):
+                raise UserError(f"--data {spec}: {file} {wrong}; all files of a set need the same columns")
+            found = (parquet.metadata.row_group(i) for i in range(parquet.metadata.num_row_groups))
+            return [(group.num_rows, group.total_byte_size, _all_labelled(columns, group)) for group in found]
 
         return patiently(read, file)
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(groups, files))
-    rows = [[n for n, _ in each] for each in found]
+    rows = [[n for n, _, _ in each] for each in found]
     if sum(map(sum, rows)) < 2:
         raise UserError(f"--data {spec}: fewer than two rows in {files[0]}")
     source = ParquetSource(files, rows, columns, storage, in_chans, max_bad_images, buffer)
-    source.stored_bytes = sum(size for each in found for _, size in each)
+    source.stored_bytes = sum(size for each in found for _, size, _ in each)
+    source.labels_known_good = all(good for each in found for _, _, good in each)
     return source
+
+
+def _clash(columns: Columns, schema: Any) -> str:
+    """What is wrong with the columns of a file; empty if nothing is."""
+    from pyarrow import types
+
+    for name in (columns.image, columns.label):
+        if name is not None and name not in schema.names:
+            return f"has no column {name}, but {', '.join(schema.names)}"
+    image = schema.field(columns.image).type
+    if not (types.is_struct(image) or types.is_binary(image) or types.is_large_binary(image)):
+        return f"has {image} in {columns.image}, and no images"
+    if columns.label is None or types.is_null(label := schema.field(columns.label).type):
+        return ""
+    text = types.is_string(label) or types.is_large_string(label)
+    fits = text if columns.text else types.is_integer(label)
+    return (
+        ""
+        if fits
+        else f"has {label} in {columns.label}, and other files {'text' if columns.text else 'numbers'}"
+    )
+
+
+def _all_labelled(columns: Columns, group: Any) -> bool:
+    """Whether the statistics of a row group tell that each row has a class; if not, the column has to be read."""
+    names = [group.column(i).path_in_schema for i in range(group.num_columns)]
+    about = group.column(names.index(columns.label)).statistics if columns.label in names else None
+    if columns.text or about is None or not about.has_min_max or not about.has_null_count or about.null_count:
+        return False
+    return bool(about.min >= 0 and (not columns.classes or about.max < len(columns.classes)))

@@ -9,6 +9,7 @@ from leaven.backbones import save
 from leaven.callbacks import EMA, Callback, KNNProbe
 from leaven.recipes.common.batches import Images, user_errors
 from leaven.recipes.common.curriculum import CurriculumSettings
+from leaven.recipes.common.data import Data
 from leaven.recipes.common.flags import UserError, flag
 from leaven.recipes.common.probes import labelled, unfit
 from leaven.recipes.common.run_folder import RunFolder
@@ -31,17 +32,21 @@ class PretrainSettings(CurriculumSettings):
             raise UserError("--eval-every is of kNN during training: add --callbacks knn")
 
 
-def observers(settings: PretrainSettings, images: Images, plan: Plan) -> tuple[EMA | None, list[Callback]]:
-    """The average, and it with the kNN probe as far as they are wanted, to be attached.
+def check_labels(settings: PretrainSettings, data: Data) -> None:
+    """Whether the callback knn, if it is wanted, has something to learn from: to be asked before anything runs.
 
     Raises:
-        UserError: kNN without labels.
+        UserError: it has not.
     """
+    if "knn" in settings.callbacks and (why := unfit(data, settings.probe_images)):
+        raise UserError(f"--callbacks knn: {why}; give labelled images, or leave it out")
+
+
+def observers(settings: PretrainSettings, images: Images, plan: Plan) -> tuple[EMA | None, list[Callback]]:
+    """The average, and it with the kNN probe as far as they are wanted, to be attached."""
     average = settings.average()
     found: list[Callback] = [] if average is None else [average]
     if "knn" in settings.callbacks:
-        if why := unfit(images, settings.probe_images):
-            raise UserError(f"--callbacks knn: {why}; give labelled images, or leave it out")
         bank, queries = labelled(images, settings.probe_images)
         every = settings.eval_every * plan.updates_per_epoch
         found.append(KNNProbe(bank, queries, every, k=min(20, len(bank[1])), recalibrate=True))

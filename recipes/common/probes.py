@@ -38,7 +38,7 @@ def probe(
         Results as (what, percent), and lines to print: protocol, then a table.
     """
     data, settings = images.data, images.settings
-    if why := unfit(images, most):
+    if why := unfit(data, most):
         return [], [f"{why}: kNN and linear probe are skipped"]
     raw = pixel_size(data)
     loaders = [images.whole(part, most) for part in (data.train, data.val)]
@@ -61,11 +61,11 @@ def probe(
     ], lines
 
 
-def unfit(images: Images, most: int) -> str:
+def unfit(data: Data, most: int) -> str:
     """Why nothing can be learnt from the labels of at most so many training images; empty if it can."""
-    if not images.data.classes:
-        return "no labels"
-    counts = np.bincount(Part(images.data.train, most).labels)
+    if not data.classes:
+        return f"no labels ({data.unlabelled})" if data.unlabelled else "no labels"
+    counts = np.bincount(Part(data.train, most).labels)
     if (counts > 0).sum() < 2 or counts.max() < 2:
         return f"{counts.sum()} labelled training images of {(counts > 0).sum()} classes are too few to learn from"
     return ""

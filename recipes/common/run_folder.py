@@ -13,8 +13,9 @@ import atexit
 import json
 import os
 import re
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -122,17 +123,38 @@ def open_run(recipe: str, backbone: str, *, output_dir: str | None, resume: str 
     return _writable(RunFolder(path))
 
 
-def _remove_if_empty(path: Path) -> None:
+# What there is of a run before its first step: how it was set up, and nothing that it found.
+_BEFORE = ("config.yaml", "data.txt", "trackers", "plots", "checkpoints")
+
+
+def remove_if_unused(path: Path, made: Sequence[Path]) -> None:
+    """Empty a run folder that holds nothing but settings, and remove the folders that were made for it.
+
+    Args:
+        path: the run folder, empty when the run began.
+        made: it and the folders above it, as far as the run has made them, the innermost first.
+    """
+    found = list(path.iterdir()) if path.is_dir() else []
+    metrics = path / "metrics.jsonl"
+    if any(each.name not in (*_BEFORE, metrics.name) for each in found):
+        return
+    files = [each for name in ("plots", "checkpoints") for each in (path / name).glob("*")]
+    if files or (metrics.is_file() and metrics.stat().st_size):
+        return
     with suppress(OSError):
-        path.rmdir()
+        for each in found:
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+        for each in made:
+            each.rmdir()
 
 
 def _writable(run: RunFolder) -> RunFolder:
     """Create the folder and try it: permission bits do not tell (read-only mounts, root)."""
     probe = run.path / f".writable-{os.getpid()}"
-    if not run.path.exists():
-        # A run that is refused later on, for its backbone say, should leave no empty folder behind.
-        atexit.register(_remove_if_empty, run.path)
+    made = [path for path in (run.path, *run.path.parents) if not path.exists()]
+    if made or not any(run.path.iterdir()):
+        # A run that is refused before its first step, for its backbone say, should leave nothing behind.
+        atexit.register(remove_if_unused, run.path.absolute(), [path.absolute() for path in made])
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         try:

@@ -56,6 +56,16 @@ class Plan:
         """Updates of warm-up, fewer than the whole run has."""
         return min(round(self.warmup_epochs * self.updates_per_epoch), self.total - 1)
 
+    @property
+    def about_warmup(self) -> list[str]:
+        """A line where the warm-up is asked to last longer than the run."""
+        if self.warmup_epochs <= self.epochs:
+            return []
+        return [
+            f"--warmup-epochs {self.warmup_epochs:g} is longer than the run of {self.epochs} epochs: "
+            f"{self.warmup} of its {self.total} updates are warm-up"
+        ]
+
     # What a curriculum changes, see `leaven.recipes.common.curriculum`.
 
     def micro_steps(self, update: int) -> int:

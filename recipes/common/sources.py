@@ -180,7 +180,9 @@ class TolerantSource:
 
     def too_many(self) -> TooManyBadImages:
         """The error, with the first few named."""
-        names = ", ".join(self.bad_images(NAMED))
+        first, *others = np.flatnonzero(self._status.numpy() == self._BAD)[:NAMED].tolist()
+        why = f"{self.name(first)} ({self._reason(first)})"
+        names = ", ".join([why, *map(self.name, others)])
         if self.bad_count == len(self):
             return TooManyBadImages(f"none of the {len(self)} images of this split can be read: {names}")
         return TooManyBadImages(

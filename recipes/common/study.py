@@ -19,6 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from leaven.backbones import resolve as known_backbone
 from leaven.bayes.deep_kernel_machine import normalised
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import command
@@ -137,6 +138,7 @@ def about(settings: StudySettings) -> list[str]:
         return [f"{table}, digest {table.digest}", *constant, *smoke]
     if settings.splits != 1:
         raise UserError("--splits is of tables; images are split as they lie, see --seeds")
+    known_backbone(settings.backbone)
     return keep_few(find_data(settings), settings.labels, settings.seed).notes
 
 
@@ -258,8 +260,13 @@ def stopping(what: str, run: RunFolder) -> Iterator[None]:
             signal.signal(wanted, handler)
 
 
-def refuse_changes(run: RunFolder, settings: ImageSettings) -> None:
+def refuse_changes(run: RunFolder, settings: ImageSettings, may_grow: str | None = None) -> None:
     """The journal knows trials by name, and not what they were tried with: that must be what it was.
+
+    Args:
+        run: the folder to go on in.
+        settings: of now.
+        may_grow: name of a number that may have become larger.
 
     Raises:
         UserError: a setting that decides the numbers differs from the folder's.
@@ -271,6 +278,7 @@ def refuse_changes(run: RunFolder, settings: ImageSettings) -> None:
         f"{name} {before.get(name)} -> {value}"
         for name, value in now.items()
         if name not in ("resume", "output_dir", "jobs", "dask", "time_limit") and before.get(name) != value
+        if name != may_grow or value < before.get(name, 0)
     ]
     if changed:
         raise UserError(

@@ -144,12 +144,26 @@ def _csv(path: Path) -> tuple[list[str], dict[str, list[object]]]:
     columns = [name.strip() for name in rows[0]]
     if len(columns) == 1 and ";" in columns[0]:
         raise UserError(f"--data {path}: its columns are separated by semicolons: save it with commas")
+    if _is_data(columns):
+        raise UserError(
+            f"--data {path}: its first line is numbers ({', '.join(columns[:4])}, ...): write a line with the columns' "
+            "names above it"
+        )
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
         raise UserError(f"--data {path}: column {twice[0]!r} is there twice")
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(columns):
             raise UserError(f"--data {path}: line {number} has {len(row)} values for {len(columns)} columns")
     return columns, {name: [row[i] for row in rows[1:]] for i, name in enumerate(columns)}
+
+
+def _is_data(columns: list[str]) -> bool:
+    """Whether a first line is one of numbers, and no names; columns that are merely counted are names."""
+    try:
+        values = [float(name) for name in columns]
+    except ValueError:
+        return False
+    return values not in ([*range(len(values))], [*range(1, len(values) + 1)])
 
 
 def _parquet(path: Path) -> tuple[list[str], dict[str, list[object]]]:

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import difflib
+import os
 import shlex
 import shutil
 import sys
@@ -15,7 +16,24 @@ from leaven.doctor import doctor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code (2: wrong use, 1: `doctor` found a problem)."""
+    """Run one subcommand; returns the exit code (2: wrong use, 1: `doctor` found a problem).
+
+    As shells report signals, it is 130 after Ctrl-C, and 141 where nobody reads on (``leaven ls | head -1``).
+    """
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python flushes again, in vain, at exit
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="leaven", description=__doc__)
     parser.add_argument("--version", action="version", version=f"leaven {leaven.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -20,6 +20,11 @@ def flexible(in_chans=3, num_classes=0, image_size=None):
 
 def wrong():
     return [1, 2]
+
+def needy(width, num_classes=0):
+    return nn.Conv2d(3, width, 3)
+
+instance = nn.Conv2d(3, 8, 3)
 """
 
 
@@ -102,6 +107,38 @@ def test_modules_and_factories(nets) -> None:
     assert net.seen == (4, 32)
 
 
+def test_a_network_that_is_built_already_is_copied(nets) -> None:
+    first, second = create("my_nets:instance"), create("my_nets:instance", image_size=32)
+    first.weight.data.zero_()
+    assert isinstance(second, nn.Conv2d)
+    assert second.weight.any()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 64), ("inception_v3", 96)])
+def test_torchvisions_inceptions_have_one_output(
+    name: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No auxiliary classifiers, in training either; pretrained ones see the images that they were trained on."""
+    model = create(f"tv:{name}", num_classes=7)
+    assert model(torch.randn(2, 3, side, side)).shape == (2, 7)
+    how = {"aux_logits": False, "init_weights": False, "num_classes": 7}
+    plain = getattr(torchvision.models, name)(**how)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    state = getattr(torchvision.models, name)(init_weights=False).state_dict()
+    monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict", lambda *_, **__: state)
+    theirs, ours = getattr(torchvision.models, name)(weights="DEFAULT"), create(f"tv:{name}", pretrained=True)
+    pixels, config = torch.rand(2, 3, side, side), data_config(ours)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        expected = theirs.eval()((pixels - mean) / std)
+        own_mean, own_std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+        torch.testing.assert_close(ours.eval()((pixels - own_mean) / own_std), expected, atol=1e-4, rtol=1e-4)
+    fresh = create(f"tv:{name}", pretrained=True, num_classes=7)
+    assert data_config(fresh) == config
+    assert fresh.fc.weight.shape[0] == 7
+
+
 @pytest.mark.parametrize(
     ("backbone", "arguments", "error", "message"),
     [
@@ -115,6 +152,14 @@ def test_modules_and_factories(nets) -> None:
             "pretrained, in_chans: not for a module",
         ),
         ("my_nets:plain", {"in_chans": 1}, ValueError, "my_nets:plain takes no in_chans"),
+        ("my_nets:plain", {"num_classes": 4}, ValueError, "as in def factory(num_classes=0)"),
+        ("my_nets:needy", {}, ValueError, "cannot be called with (): missing a required argument: 'width'"),
+        (
+            "my_nets:instance",
+            {"num_classes": 4},
+            ValueError,
+            "is a network that is built already, and cannot be given num_classes: name a function that builds it",
+        ),
         ("my_nets:wrong", {}, UnknownBackbone, "my_nets:wrong returned list, not an nn.Module"),
         ("my_nets:missing", {}, UnknownBackbone, "has no callable 'missing'"),
         ("convnext_tinny", {}, UnknownBackbone, "convnext_tiny"),

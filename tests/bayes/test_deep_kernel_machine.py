@@ -488,8 +488,8 @@ def test_inducing_points_are_of_the_data() -> None:
     ("how", "message"),
     [
         ({"depth": 0}, "must be at least 1"),
-        ({"nu": 0.0}, "nu must be 1 numbers greater than 0"),
-        ({"nu": (1.0, 1.0)}, "nu must be 1 numbers greater than 0 at depth 2"),
+        ({"nu": 0.0}, "nu must be one number greater than 0, or at depth 2 a sequence of 1, got 0.0"),
+        ({"nu": (1.0, 1.0)}, r"or at depth 2 a sequence of 1, got \(1.0, 1.0\)"),
         ({"kernel": "matern"}, "kernel must be one of linear, arccos"),
         ({"likelihood": "poisson"}, "no likelihood 'poisson'"),
         ({"skr": 0.5}, "skr must be at least 1"),
@@ -507,6 +507,10 @@ def test_wrong_targets() -> None:
     classes = machine(randn(5, 3), 2, likelihood="categorical")
     with pytest.raises(ValueError, match="class indices"):
         classes.loss(randn(4, 3), randn(4, 2), 4)
+    with pytest.raises(ValueError, match=r"must be whole numbers, not torch.float64: call \.long\(\)"):
+        fit(classes, randn(4, 3), torch.zeros(4, dtype=torch.float64), steps=1)
+    with pytest.raises(ValueError, match=r'outputs \(4, 2\); of classes .* with likelihood="categorical"'):
+        fit(made, randn(4, 3), torch.zeros(4).long(), steps=1)
     with pytest.raises(ValueError, match=r"targets \(4,\) for outputs \(4, 2\)"):
         made(randn(4, 3)).log_prob(randn(4))
     with pytest.raises(ValueError, match=r"inputs \(B, 3\) are needed, not \(5, 2, 3\)"):

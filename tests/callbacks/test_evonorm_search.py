@@ -439,6 +439,36 @@ def test_what_was_killed_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
         search(evolution(seed=5), score, 50, round_size=4, journal=tmp_path / "whole.jsonl")
 
 
+def nsga2(seed: int = 0) -> AgeingEvolution:
+    from leaven.callbacks.evonorm.nsga2 import NSGA2
+
+    return NSGA2(SearchSpace("S"), 5, scores=2, seed=seed)
+
+
+@pytest.mark.parametrize("make", [evolution, nsga2])
+def test_more_candidates_are_the_larger_search(tmp_path: Path, make: Any) -> None:
+    """Rounds need not end where the smaller search did."""
+    if make is nsga2:
+        pytest.importorskip("optuna", reason='needs Optuna: pip install "leaven[optuna]"')
+    whole = search(make(), score, 30, round_size=4, journal=tmp_path / "whole.jsonl")
+    search(make(), score, 10, round_size=4, journal=tmp_path / "grown.jsonl")
+    grown = search(make(), score, 30, round_size=4, journal=tmp_path / "grown.jsonl")
+    assert told(grown) == told(whole)
+    lines = [
+        [(e["name"], e["arguments"], e["result"]) for e in map(json.loads, path.read_text().splitlines())]
+        for path in (tmp_path / "grown.jsonl", tmp_path / "whole.jsonl")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_a_judge_that_always_fails_is_an_error() -> None:
+    def breaks(genome: str) -> Any:
+        raise RuntimeError("no such file")
+
+    with pytest.raises(TrialsError, match=r"failed for each of 6 candidates, .* RuntimeError: no such file"):
+        search(evolution(), breaks, 6)
+
+
 def test_failures_are_rejections() -> None:
     def breaks(genome: str) -> Any:
         if "sigmoid" in genome:

@@ -16,7 +16,7 @@ from callback_toys import (
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
 
-from leaven.callbacks import KNNProbe, attach
+from leaven.callbacks import KNNProbe, NoEffectWarning, attach
 from leaven.pretext.evaluation import knn
 from leaven.pretext.features import recalibrate_batchnorm
 
@@ -50,6 +50,14 @@ def test_it_measures_every_so_many_updates() -> None:
     assert probe.history == expected
     assert attached.logs() == {"knn_top1": expected[-1][1]}
     assert 0.34 < expected[-1][1] <= 1  # learnable: better than chance
+
+
+def test_a_training_that_is_too_short_for_it_is_told() -> None:
+    model, optimizer = pair()
+    with pytest.warns(
+        NoEffectWarning, match=r"KNNProbe\(every=10, .* measures nothing: the training has 9 updates"
+    ):
+        attach(model, optimizer, KNNProbe(TRAIN, TEST, every=10, k=5), total_steps=9)
 
 
 def test_k_and_temperature_reach_the_protocol() -> None:

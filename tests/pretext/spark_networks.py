@@ -22,6 +22,7 @@ gernet_s hardcorenas_a legacy_seresnet18 legacy_senet154 senet154 repvit_m0_9 fo
 test_resnet test_convnext test_efficientnet
 tv:resnet18 tv:resnext50_32x4d tv:convnext_tiny tv:mobilenet_v2 tv:mobilenet_v3_large tv:shufflenet_v2_x0_5
 tv:densenet121 tv:efficientnet_b0 tv:efficientnet_v2_s tv:regnet_y_400mf tv:mnasnet0_5 tv:vgg11_bn
+tv:googlenet
 """.split()  # noqa: SIM905
 
 # Cheap ones that between them use nearly every rule of both encoders (timm's test nets are members of the families
@@ -41,7 +42,6 @@ MORE = {
     "resnetv2_50d_evos": ("dense", "packed"),
     "efficientvit_b0": ("dense",),
     "gcresnet33ts": ("packed",),
-    "tv:googlenet": ("packed",),
 }
 
 # Refused, with what the message must say: (slow, by the dense encoder, by the packed one). An empty reason: that
@@ -110,5 +110,4 @@ REFUSED = {
         "",
     ),
     "densenetblur121d": (True, r"features\.pool0\.1 \(BlurPool2d\)", r"reflect"),
-    "tv:googlenet": (True, r"aux1\.conv\.conv", ""),
 }

@@ -92,6 +92,14 @@ def test_a_name_may_hold_a_comma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert open_table("table.csv", "y, in metres").targets == ("y, in metres",)
 
 
+def test_columns_may_be_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pandas does where they have no names."""
+    monkeypatch.chdir(tmp_path)
+    with open("table.csv", "w", newline="") as file:
+        csv.writer(file).writerows([range(5), *numbers().tolist()])
+    assert open_table("table.csv", "3").columns == ("0", "1", "2", "4")
+
+
 def test_what_cannot_be_learnt(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     """A nu that fails loses the choice; numbers that fail are no result."""
     write_csv()
@@ -219,6 +227,7 @@ def test_images(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["--data", "table.csv", "--target", "a,b,c,y,z"], "nothing is left in table.csv"),
         (["--data", "gaps.csv", "--target", "y"], "column 'b' has '' in row 3, which is no number"),
+        (["--data", "headless.csv", "--target", "1"], "headless.csv: its first line is numbers (0.1257302"),
         (["--data", "twice.csv", "--target", "y"], "column 'a' is there twice"),
         (["--data", "ragged.csv", "--target", "y"], "line 4 has 2 values for 5 columns"),
         (["--data", "short.csv", "--target", "y"], "9 rows are too few"),
@@ -242,6 +251,7 @@ def test_wrong_flags(
     lines = Path("table.csv").read_text().splitlines()
     Path("short.csv").write_text("\n".join(lines[:10]))
     Path("ragged.csv").write_text("\n".join([*lines[:3], "1,2", *lines[4:]]))
+    Path("headless.csv").write_text("\n".join(lines[1:]))
     Path("twice.csv").write_text("\n".join(["a,a,c,y,z", *lines[1:]]))
     Path("semicolons.csv").write_text("\n".join(lines).replace(",", ";"))
     Path("underscores.csv").write_text("\n".join([*lines[:2], "1_000,2,3,4,5", *lines[3:]]))
@@ -249,6 +259,13 @@ def test_wrong_flags(
     Path("gaps.csv").write_text("\n".join([*lines[:3], ",".join([gap[0], "", *gap[2:]]), *lines[4:]]))
     module = recipe(DKM)
     assert message in refusal(lambda: module.main(flags), capsys)
+
+
+def test_a_study_that_is_refused_leaves_no_folder(recipe: Recipe) -> None:
+    flags = ["--backbone", "resnet10t", "--init", "nowhere.safetensors", "--workers", "0"]
+    program = start([sys.executable, DKM, *flags], Path())
+    assert program.wait(60) == 2
+    assert list(Path().iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,20 @@ def test_a_search_and_what_it_leaves(recipe: Recipe, capsys: pytest.CaptureFixtu
         assert Path(f"out/plots/{name}.png").stat().st_size > 5000
 
 
+def test_a_search_may_be_given_more_candidates(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    module = recipe(LAYERS)
+    few = ["--candidates", "3", "--round-size", "2", "--steps", "2", "--quality-steps", "0"]
+    more = [*QUICK, *few, "--candidates", "5"]
+    module.main([*more, "--output-dir", "whole"])
+    module.main([*QUICK, *few, "--output-dir", "grown"])
+    module.main([*more, "--output-dir", "grown", "--resume", "auto"])
+    assert lines("grown") == lines("whole")
+    assert Path("grown/layer.json").read_text() == Path("whole/layer.json").read_text()
+    again = [*QUICK, *few, "--output-dir", "grown", "--resume", "auto"]
+    assert "candidates 5 -> 3" in refusal(lambda: module.main(again), capsys)
+    assert "nodes 10 -> 9" in refusal(lambda: module.main([*again, "--nodes", "9"]), capsys)
+
+
 @pytest.mark.slow
 def test_ranking_again(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     module = recipe(LAYERS)
@@ -122,3 +136,4 @@ def test_wrong_flags(
     Path("bad.json").write_text("[]")
     module = recipe(LAYERS)
     assert message in refusal(lambda: module.main([*QUICK, *flags]), capsys)
+    assert Path("runs").exists() == ("--quality" in flags)  # the others are refused before anything is made

@@ -323,3 +323,13 @@ def test_ranks_and_defects(monkeypatch, capsys):
     assert waits == [10]
     with pytest.raises(ZeroDivisionError):
         run_main(lambda: 1 / 0)
+
+
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(stopped)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"

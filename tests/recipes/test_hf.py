@@ -135,6 +135,81 @@ def test_hidden_labels_are_no_labels(stored: Path) -> None:
     assert len(data.train) + len(data.val) == 96
 
 
+def plain(path: Path, group: int = 7, **columns: Any) -> None:
+    """A Parquet file as pyarrow writes it, without the types of Hugging Face."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pictures = columns.pop("image", [{"bytes": png(n), "path": None} for n in range(30)])
+    pq.write_table(pa.table({"image": pa.array(pictures, kind), **columns}), path, row_group_size=group)
+
+
+def test_pictures_of_plain_pyarrow_are_found(tmp_path: Path) -> None:
+    plain(tmp_path / "a.parquet", label=[n % 2 for n in range(30)])
+    assert number_of(open_data(f"hf:{tmp_path}").train.source.image(5)) == 5  # type: ignore[attr-defined]
+    assert open_data(f"hf:{tmp_path}", label_column="label").classes == ("0", "1")
+
+
+@pytest.mark.parametrize("hidden", [None, -1])
+def test_rows_without_a_class_are_counted_and_named(tmp_path: Path, hidden: int | None) -> None:
+    """In a later row group than the first."""
+    plain(tmp_path / "a.parquet", label=[hidden if n in (17, 20) else n % 3 for n in range(30)])
+    data = open_data(f"hf:{tmp_path}", label_column="label")
+    said = f"label is null or negative in 2 of 30 rows, first in row 17 of {tmp_path}/a.parquet"
+    assert data.notes[-1] == f"{said}: taken as unlabelled"
+    assert (data.classes, data.train.label(0)) == ((), None)
+    with pytest.raises(UserError, match=f"{said}; leave out what has no class"):
+        keep_few(data, None, 0)
+
+
+def test_classes_may_be_text(tmp_path: Path) -> None:
+    names = ["elk", "cat", "dog"]
+    plain(tmp_path / "train.parquet", label=[names[n % 3] for n in range(30)])
+    plain(tmp_path / "test.parquet", label=[names[n % 3] for n in range(30)])
+    data = open_data(f"hf:{tmp_path}", label_column="label")
+    assert data.classes == ("cat", "dog", "elk")
+    assert [data.train.label(i) for i in range(3)] == [2, 0, 1]
+    assert data.train.labels.tolist() == [2, 0, 1] * 10  # type: ignore[attr-defined]
+    again = pickle.loads(pickle.dumps(data.val))
+    assert [again.label(i) for i in range(3)] == [2, 0, 1]
+    plain(tmp_path / "test.parquet", label=["cat"] * 9 + ["cow"] + ["dog"] * 20)
+    with pytest.raises(
+        UserError, match=r"text that is no class of the training part in row 9 of .*3 classes$"
+    ):
+        open_data(f"hf:{tmp_path}", label_column="label")
+
+
+def test_columns_that_clash_are_one_line(tmp_path: Path) -> None:
+    one, two = tmp_path / "train-00000-of-00002.parquet", tmp_path / "train-00001-of-00002.parquet"
+    write(one, range(30))
+    for columns, words in (
+        ({}, "has no column label, but image"),
+        ({"label": ["x"] * 30}, "has string in label, and other files numbers"),
+    ):
+        plain(two, **columns)
+        with pytest.raises(UserError, match=f"{two.name} {words}; all files of a set need the same columns"):
+            open_data(f"hf:{tmp_path}")
+    two.write_bytes(b"")
+    with pytest.raises(UserError, match=r"^cannot read .*-00001-.* 0 bytes\)$"):  # nothing to resume
+        open_data(f"hf:{tmp_path}")
+    write(two, range(30))
+    write(tmp_path / "test.parquet", range(30), number=(datasets.Value("int32"), [1] * 29 + [9]))
+    for path in (one, two):
+        write(path, range(30), number=(datasets.Value("int32"), [n % 3 for n in range(30)]))
+    with pytest.raises(UserError, match=r"number has class 9 in row 29 of .*there are 3 classes"):
+        open_data(f"hf:{tmp_path}", label_column="number")
+
+
+def test_paths_without_pictures_are_told(tmp_path: Path) -> None:
+    pictures = [{"bytes": None, "path": f"{n}.png"} for n in range(30)]
+    plain(tmp_path / "a.parquet", image=pictures)
+    words = r"more than --max-bad-images 10: row 0 of .* \(the file holds no image here but the path 0.png\), row 1"
+    with pytest.raises(TooManyBadImages, match=words):
+        open_data(f"hf:{tmp_path}")
+
+
 def test_other_columns_by_name(tmp_path: Path) -> None:
     fine = datasets.ClassLabel(names=["a", "b"]), [n % 2 for n in range(30)]
     count = datasets.Value("int32"), [n % 5 for n in range(30)]
@@ -340,7 +415,12 @@ def test_what_is_refused(stored: Path, tmp_path: Path) -> None:
         (f"hf:{tmp_path}/*.parquet", {}, "there are no files"),
         (f"hf:{stored}", {"image_column": "picture"}, "--image-column picture: .* has image, label"),
         (f"hf:{stored}", {"image_column": "label"}, "--image-column label holds ClassLabel"),
-        (f"hf:{stored}", {"label_column": "image"}, "--label-column image holds Image"),
+        (
+            f"hf:{stored}",
+            {"label_column": "image"},
+            "--label-column image holds Image.*to integers or to text",
+        ),
+        ("digits", {"shuffle_buffer": 5}, "--shuffle-buffer is of --data hf:NAME"),
         ("digits", {"label_column": "label"}, "--label-column is of --data hf:NAME"),
         (str(tmp_path), {"label_column": "label"}, "--label-column is of --data hf:NAME"),
     ):

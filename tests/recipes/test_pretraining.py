@@ -93,6 +93,20 @@ def test_wrong_flags(pretrain: Callable[..., Path], flags: list[str], message: s
         pretrain(SPARK, "out", *flags)
 
 
+@pytest.mark.parametrize("program", [SPARK, ROTNET])
+def test_knn_without_labels_is_refused_before_anything_is_made(
+    program: Path, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    for n in range(4):
+        Image.new("RGB", (40, 40), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    flags = ["--backbone", "test_resnet", "--data", str(tmp_path), "--callbacks", "knn"]
+    with pytest.raises(UserError, match="--callbacks knn: no labels; give labelled images"):
+        run(program, "out", *flags)
+    assert not Path("out").exists()
+
+
 def test_a_run_that_is_too_short_for_its_average_says_so() -> None:
     from leaven.recipes.common.average import AverageSettings
 

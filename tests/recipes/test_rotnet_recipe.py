@@ -158,6 +158,8 @@ def test_unlabelled_images_and_the_curriculum(
     )
     said = capsys.readouterr().out
     assert "no labels: kNN and linear probe are skipped" in said
+    assert "run folder: out (weights, model card, log, plots/loss.png)" in said
+    assert [path.name for path in (folder / "plots").iterdir()] == ["loss.png"]
     assert "near chance: do these images have a right way up?" in said  # noise has none
     assert {row["size"] for row in rows(folder)} == {48.0, 64.0}
 

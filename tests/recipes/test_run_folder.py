@@ -9,7 +9,7 @@ import pytest
 
 from leaven.recipes.common import checkpoint
 from leaven.recipes.common.flags import UserError
-from leaven.recipes.common.run_folder import RunFolder, open_run
+from leaven.recipes.common.run_folder import RunFolder, open_run, remove_if_unused
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,28 @@ def test_a_folder_with_something_in_it_is_refused() -> None:
     with pytest.raises(UserError, match=r"not empty.*--resume auto"):
         open_tiny("out")
     assert open_tiny("out", resume="auto").path == Path("out")
+
+
+def test_a_run_that_was_refused_leaves_nothing() -> None:
+    run = open_tiny("new/out")
+    run.write(run.config, "seed: 0")
+    run.forget_after(0)
+    (run.path / "trackers/tiny").mkdir(parents=True)
+    (run.path / "trackers/tiny/events").touch()
+    remove_if_unused(run.path, [run.path, run.path.parent])
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["journal.jsonl", "checkpoints/update-1.pt", "plots/a.png", "mine.txt", "metrics.jsonl"]
+)
+def test_a_run_that_found_anything_is_kept(name: str) -> None:
+    run = open_tiny("out")
+    run.write(run.config, "seed: 0")
+    run.write(run.path / name, "1")
+    remove_if_unused(run.path, [run.path])
+    assert run.config.is_file()
+    assert (run.path / name).is_file()
 
 
 def test_auto_without_a_folder_finds_the_newest_run_of_this_recipe_and_backbone() -> None:

@@ -100,6 +100,25 @@ def test_wrong_flags(
         assert part in lines[0]
 
 
+def test_images_that_do_not_suit_the_teacher_are_refused_before_training(
+    recipe: Recipe, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = recipe(SCALEKD)
+    flags = [*STUDENT, weights, *FLAGS, "--image-size", "40", "--output-dir", "out"]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: module.main(flags))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "--image-size 40x40 does not suit --teacher test_vit: " in said
+    assert "should be divisible by patch size (16)" in said
+    assert not Path("out/config.yaml").exists()
+
+
+def test_a_dry_run_labels_its_noise(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe(SCALEKD).main([*STUDENT[:-1], "--image-size", "32", "--labels", "10%", "--dry-run"])
+    assert "exported weights load into the plain backbone" in capsys.readouterr().out
+
+
 def test_a_teacher_of_no_family_is_refused(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     recipe(TRAIN).main(["--backbone", "test_resnet", *FLAGS, "--output-dir", "teacher"])

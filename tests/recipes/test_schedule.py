@@ -51,6 +51,12 @@ def test_weight_decay_ignores_the_warm_up() -> None:
     assert decays[10] == pytest.approx(0.2 - 0.16 * 0.5 * (1 + math.cos(math.pi * 10 / 29)))
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_told() -> None:
+    assert PLAN.about_warmup == []
+    (line,) = Plan(epochs=2, batches=3, warmup_epochs=20).about_warmup
+    assert line == "--warmup-epochs 20 is longer than the run of 2 epochs: 5 of its 6 updates are warm-up"
+
+
 def test_cosine_stays_within_its_ends() -> None:
     assert cosine(1.0, 0.0, -1.0) == 1.0
     assert cosine(1.0, 0.0, 2.0) == pytest.approx(0.0)

@@ -435,6 +435,12 @@ def test_a_rate_that_explodes_ends_in_one_line(complaint: Callable[..., str]) ->
     ("flags", "parts"),
     [
         (["--aa", "trivia"], ["--aa", "trivial"]),
+        (["--labels-seed", "3"], ["--labels-seed chooses among labelled images: add --labels"]),
+        (["--shuffle-buffer", "5"], ["--shuffle-buffer is of --data hf:NAME: all rows of digits"]),
+        (
+            ["--backbone", "test_vit", "--image-size", "40"],
+            ["--image-size 40x40 does not suit --backbone test_vit", "divisible by patch size"],
+        ),
         (["--labels", "200"], ["--labels 200", "training images only"]),
         (["--labels", "0.1%"], ["would get none"]),
         (["--backbone", "tv:resnet18", "--drop-path", "0.1"], ["tv:resnet18", "drop_path_rate"]),
@@ -451,7 +457,11 @@ def test_a_rate_that_explodes_ends_in_one_line(complaint: Callable[..., str]) ->
         (["--augment-on", "device", "--aa", "trivial"], ["--augment-on device", "--aa"]),
         (["--preset", "resnet50-spark"], ["resnet50-spark", "resnet50-spark-finetune"]),
         (["--init", "nowhere.safetensors"], ["nowhere.safetensors"]),
-        (["--backbone", "own_networks:headless"], ["own_networks:headless", "num_classes"]),
+        (
+            ["--backbone", "own_networks:headless"],
+            ["own_networks:headless takes no num_classes", "def factory(num_classes=0)"],
+        ),
+        (["--backbone", "own_networks:network"], ["own_networks:network is a network that is built already"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
@@ -460,6 +470,7 @@ def test_wrong_flags(
 ) -> None:
     module = ModuleType("own_networks")
     module.headless = lambda: nn.Conv2d(3, 4, 3)  # type: ignore[attr-defined]
+    module.network = nn.Conv2d(3, 4, 3)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "own_networks", module)
     error = complaint(*flags)
     for part in parts:
