@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Collection, Sequence, Set
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,14 @@ class SparK(nn.Module):
         SparseUnsupported: if the backbone has an operation without exact sparse form; one line names it.
         ValueError: if the settings do not fit together.
     """
+
+    # Read by `leaven.callbacks.attach`: callbacks with these slots would meet a sparse map at the first batch.
+    refused_slots: ClassVar[dict[str, str]] = {
+        "first-layer-gradient": "its first layer runs on visible positions only, where no hook sees whole images; "
+        "attach it to the exported backbone, in the training that follows",
+        "norm": "its layers run on visible positions only, and such norms have no exact form there; leave the backbone "
+        "its own, as they are",
+    }
 
     def __init__(
         self,
