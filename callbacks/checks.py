@@ -75,6 +75,7 @@ def check_elsewhere(model: nn.Module, callbacks: Sequence[Callback], others: Seq
 
 
 def check_claims(callbacks: Sequence[Callback]) -> None:
+    """Two of one name or slot."""
     names: set[str] = set()
     slots: dict[str, str] = {}
     for callback in callbacks:
@@ -94,6 +95,7 @@ def check_claims(callbacks: Sequence[Callback]) -> None:
 
 
 def check_obstacles(model: nn.Module, callbacks: Sequence[Callback], ignored: str = "") -> None:
+    """A model that keeps hooks from working, unless the callbacks support it."""
     for kind, line in obstacles(model):
         refused = [callback.name for callback in callbacks if kind not in callback.supports]
         if refused and kind != ignored:
@@ -101,6 +103,7 @@ def check_obstacles(model: nn.Module, callbacks: Sequence[Callback], ignored: st
 
 
 def check_surgery(model: nn.Module, callbacks: Sequence[Callback]) -> None:
+    """Changed parameters below DDP, which goes by those that it found."""
     surgery = [callback.name for callback in callbacks if callback.order < SURGERY]
     if surgery and in_ddp(model):
         raise AttachError(

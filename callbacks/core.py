@@ -35,8 +35,8 @@ from leaven.callbacks.checks import (
     check_objective,
     check_obstacles,
     check_plain,
-    check_surgery,
     check_state,
+    check_surgery,
 )
 from leaven.callbacks.hooks import Hook, Switch, watch
 from leaven.callbacks.wrappers import AttachError, unwrap_model, unwrap_optimizers

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -335,7 +335,7 @@ def test_two_claims_on_a_slot_raise_and_name_both() -> None:
 
 def test_an_objective_refuses_a_slot_in_one_line() -> None:
     class Sparse(Objective):
-        refused_slots = {"first-layer-gradient": "its first layer sees no images; use it elsewhere"}
+        refused_slots: ClassVar = {"first-layer-gradient": "its first layer sees no images; use it elsewhere"}
 
     objective = Sparse()
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
@@ -786,9 +786,11 @@ def test_what_is_no_state_is_refused_in_one_line() -> None:
     attached = attach(model, optimizer, Keeps("a", 5), total_steps=9)
     state = attached.state_dict()
     for wrong in ({}, model.state_dict(), state | {"progress": {"step": 3}}, state | {"callbacks": None}):
-        with pytest.raises(ValueError, match=r"^this is no state of attached callbacks.*attached.state_dict\(\)"):
+        with pytest.raises(
+            ValueError, match=r"^this is no state of attached callbacks.*attached.state_dict\(\)"
+        ):
             attached.load_state_dict(wrong)
-    with pytest.raises(ValueError, match="^the checkpoint's state of a has no 'value'$"):
+    with pytest.raises(ValueError, match=r"^the checkpoint's state of a has no 'value'$"):
         attached.load_state_dict(state | {"callbacks": {"a": {}}})
     assert attached.progress.step == 0
 
