@@ -200,7 +200,7 @@ def _found(model: nn.Module) -> list[str]:
 
     try:
         _, found = first_that_runs(follow, candidate_images(model, None))
-    except UNSUITABLE as error:
+    except (*UNSUITABLE, TypeError) as error:  # a TypeError: it takes keywords alone, or more than images
         raise AttachError(
             f"TrAct cannot tell the first layer of {type(model).__name__}, which runs on no image that was tried "
             f'({reason_of(error)}): name it, as in TrAct(layers=["embed"])'

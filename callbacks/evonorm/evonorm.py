@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from leaven.callbacks.callback import Callback, Handle, Progress
 from leaven.callbacks.evonorm.genome import Genome
 from leaven.callbacks.evonorm.replace import Report, replace_norm_act
+from leaven.callbacks.evonorm.watch import Example
 from leaven.callbacks.wrappers import AttachError
 
 
@@ -64,7 +65,8 @@ class EvoNorm(Callback):
     Args:
         kind, groups: see `evo_norm`.
         genome: a layer that a search found, or the path of its JSON, in place of a kind; see `EvolvedNormAct2d`.
-        example: images that the model takes, if it is not a usual image model.
+        example: images that the model takes, if it is not a usual image model, or a dict of the keyword arguments of a
+            call.
         **kwargs: see `evo_norm`.
 
     Attributes:
@@ -85,7 +87,7 @@ class EvoNorm(Callback):
         *,
         genome: Genome | str | os.PathLike[str] | None = None,
         groups: int = 32,
-        example: Tensor | None = None,
+        example: Example | None = None,
         **kwargs: Any,
     ) -> None:
         if genome is None:
