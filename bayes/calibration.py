@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
+
+from leaven.pretext.evaluation import Values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +68,7 @@ class Calibration:
         )
 
 
-def calibration(probs: Tensor | ArrayLike, labels: Tensor | ArrayLike, bins: int = 15) -> Calibration:
+def calibration(probs: Values, labels: Values, bins: int = 15) -> Calibration:
     """All scores.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, and what each score names.
@@ -86,7 +87,7 @@ def calibration(probs: Tensor | ArrayLike, labels: Tensor | ArrayLike, bins: int
     return Calibration(float(right), nll(probs, labels), brier(probs, labels), ece, found, len(labels))
 
 
-def nll(probs: Tensor | ArrayLike, labels: Tensor | ArrayLike) -> float:
+def nll(probs: Values, labels: Values) -> float:
     """Mean negative log likelihood, nats; infinite where a true class has probability 0.
 
     Arguments and errors: see `calibration`.
@@ -95,7 +96,7 @@ def nll(probs: Tensor | ArrayLike, labels: Tensor | ArrayLike) -> float:
     return float(-probs.gather(1, labels.unsqueeze(1)).log().mean())
 
 
-def brier(probs: Tensor | ArrayLike, labels: Tensor | ArrayLike) -> float:
+def brier(probs: Values, labels: Values) -> float:
     """Mean squared distance to the one-hot label, summed over classes, in [0, 2]. Source: Brier 1950.
 
     Arguments and errors: see `calibration`.
@@ -105,7 +106,7 @@ def brier(probs: Tensor | ArrayLike, labels: Tensor | ArrayLike) -> float:
 
 
 def expected_calibration_error(
-    probs: Tensor | ArrayLike, labels: Tensor | ArrayLike, bins: int = 15
+    probs: Values, labels: Values, bins: int = 15
 ) -> tuple[float, tuple[Bin, ...]]:
     """Mean distance of confidence and accuracy over bins of equal width, weighted by their counts; and the bins.
 
@@ -130,7 +131,7 @@ def expected_calibration_error(
     return total / len(labels), tuple(found)
 
 
-def auroc(inside: Tensor | ArrayLike, outside: Tensor | ArrayLike) -> float:
+def auroc(inside: Values, outside: Values) -> float:
     """How surely a score tells images of other data from known ones: the probability that theirs is higher.
 
     Args:
@@ -187,7 +188,7 @@ def reliability_plot(
     return figure
 
 
-def _checked(probs: Tensor | ArrayLike, labels: Tensor | ArrayLike) -> tuple[Tensor, Tensor]:
+def _checked(probs: Values, labels: Values) -> tuple[Tensor, Tensor]:
     """Probabilities in float64 and labels beside them, as tensors."""
     probs = torch.as_tensor(probs)
     labels = torch.as_tensor(labels).to(probs.device)

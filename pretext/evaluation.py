@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from leaven.pretext.features import extract_features, recalibrate_batchnorm
@@ -30,7 +29,7 @@ __all__ = [
 ]
 
 # Features and labels, in whatever they were kept.
-Values = Tensor | ArrayLike
+Values = Tensor | np.ndarray | Sequence[Any]
 # Rows of the similarity matrix are computed in chunks of about this many numbers (64 MB in fp32).
 _CHUNK = 2**24
 # L2 penalties that the linear probe tries, strongest first, for the mean loss: sklearn's C is 1 / (l2 * N).

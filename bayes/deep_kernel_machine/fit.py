@@ -4,16 +4,15 @@ import math
 from collections.abc import Callable
 
 import torch
-from numpy.typing import ArrayLike
-from torch import Tensor
 
 from leaven.bayes.deep_kernel_machine.machine import DeepKernelMachine
+from leaven.pretext.evaluation import Values
 
 
 def fit(
     machine: DeepKernelMachine,
-    x: Tensor | ArrayLike,
-    targets: Tensor | ArrayLike,
+    x: Values,
+    targets: Values,
     *,
     steps: int = 1000,
     batch_size: int = 256,
