@@ -33,7 +33,7 @@ def patch_second_moment(x: Tensor, layer: nn.Module) -> tuple[Tensor, int]:
 
     For a convolution u is a patch, in the order of ``weight.flatten(1)``, under the layer's own stride, dilation,
     groups and padding; a patch at the border counts as one, with its padding. Not centred. Computed in float32, or in
-    float64 where `x` is that, whatever autocast says.
+    float64 where `x` is that, whatever autocast says. Source: see `tract_gradient`.
 
     Args:
         x: what the layer is called with, (B, C, ...) for a convolution, (..., C) for a Linear.

@@ -101,7 +101,7 @@ class TrAct(Callback):
 def tract(layer: nn.Module, lam: float = 0.1, sync: bool = True) -> nn.Module:
     """Make one layer a TrAct layer, in place, without `attach`: ``model.conv1 = tract(model.conv1)``.
 
-    Only its hooks change. `remove_tract` takes them off; deep copies do not have them.
+    Only its hooks change. `remove_tract` takes them off; deep copies do not have them. Source: see `TrAct`.
 
     Args:
         layer: the first one of a model: Linear, or Conv1d to Conv3d.

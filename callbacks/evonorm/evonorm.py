@@ -49,6 +49,9 @@ def evolved_norm(genome: Genome, num_features: int, **kwargs: Any) -> nn.Module:
         genome: what a search found, or `Genome.named`.
         num_features: C.
         **kwargs: see `leaven.callbacks.evonorm.evolved.EvolvedNormAct2d`.
+
+    Raises:
+        ValueError: no groups; on calling, images of another shape.
     """
     from leaven.callbacks.evonorm.evolved import EvolvedNormAct2d  # imports torch.fx
 
@@ -61,6 +64,8 @@ class EvoNorm(Callback):
     Done once, when it is attached. Weights and biases stay those of the BatchNorm, so that the optimizer stays valid;
     it gets the new parameters, too. What was replaced is the network from then on: `Attached.remove` takes it back
     only before the first update. A checkpoint holds EvoNorm's layers: attach before you load one.
+
+    Source: Liu et al., Evolving Normalization-Activation Layers, NeurIPS 2020 (arXiv 2004.02967).
 
     Args:
         kind, groups: see `evo_norm`.

@@ -37,6 +37,9 @@ def search(
 
     Returns:
         The evolution.
+
+    Raises:
+        ValueError: no candidates, or rounds without any.
     """
     if candidates < 1 or round_size < 1:
         raise ValueError(f"candidates and round_size must be at least 1, got {candidates} and {round_size}")

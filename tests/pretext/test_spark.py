@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from leaven.callbacks import AttachError, EvoNorm, TrAct, attach
+from leaven.pretext import Auxiliary, RotNet
 from leaven.pretext.spark import SparK, SparseUnsupported, UntrainedWarning, sample_mask
 from leaven.pretext.spark.decoder import LightDecoder
 
@@ -378,6 +379,11 @@ def test_a_module_without_a_name_is_exported_without_one(tmp_path: Path) -> None
 
     net = resnet18(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 16, 2, 2))
     spark = SparK(net, decoder_width=32)
+    Auxiliary(spark, RotNet(net)).export(
+        tmp_path / "own.safetensors", epochs=3
+    )  # as all objectives take notes
+    with safe_open(tmp_path / "own.safetensors", "pt") as file:
+        assert file.metadata().items() >= {"method": "SparK", "epochs": "3"}.items()
     spark.export(tmp_path / "own.safetensors")
     with safe_open(tmp_path / "own.safetensors", "pt") as file:
         assert "backbone" not in file.metadata()
