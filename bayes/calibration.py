@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from leaven.pretext.evaluation import Values
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -66,42 +68,52 @@ class Calibration:
         )
 
 
-def calibration(probs: Tensor, labels: Tensor, bins: int = 15) -> Calibration:
+def calibration(probs: Values, labels: Values, bins: int = 15) -> Calibration:
     """All scores.
 
+    Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, and what each score names.
+
     Args:
-        probs: (N, C), rows that sum to 1.
+        probs: (N, C), rows that sum to 1; a tensor, an array or lists, as are all arguments here.
         labels: class indices (N,).
         bins: of the calibration error.
 
     Raises:
         ValueError: shapes that do not fit, or rows that are no probabilities.
     """
+    probs, labels = _checked(probs, labels)
     ece, found = expected_calibration_error(probs, labels, bins)
     right = (probs.argmax(1) == labels).double().mean()
     return Calibration(float(right), nll(probs, labels), brier(probs, labels), ece, found, len(labels))
 
 
-def nll(probs: Tensor, labels: Tensor) -> float:
-    """Mean negative log likelihood, nats; infinite where a true class has probability 0. Arguments: `calibration`."""
-    probs = _checked(probs, labels)
+def nll(probs: Values, labels: Values) -> float:
+    """Mean negative log likelihood, nats; infinite where a true class has probability 0.
+
+    Arguments and errors: see `calibration`.
+    """
+    probs, labels = _checked(probs, labels)
     return float(-probs.gather(1, labels.unsqueeze(1)).log().mean())
 
 
-def brier(probs: Tensor, labels: Tensor) -> float:
-    """Mean squared distance to the one-hot label, summed over classes (Brier 1950), in [0, 2]."""
-    probs = _checked(probs, labels)
+def brier(probs: Values, labels: Values) -> float:
+    """Mean squared distance to the one-hot label, summed over classes, in [0, 2]. Source: Brier 1950.
+
+    Arguments and errors: see `calibration`.
+    """
+    probs, labels = _checked(probs, labels)
     return float((probs - torch.nn.functional.one_hot(labels, probs.shape[1])).square().sum(1).mean())
 
 
 def expected_calibration_error(
-    probs: Tensor, labels: Tensor, bins: int = 15
+    probs: Values, labels: Values, bins: int = 15
 ) -> tuple[float, tuple[Bin, ...]]:
     """Mean distance of confidence and accuracy over bins of equal width, weighted by their counts; and the bins.
 
-    Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equation 3.
+    Arguments and errors: see `calibration`. Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017,
+    equation 3.
     """
-    probs = _checked(probs, labels)
+    probs, labels = _checked(probs, labels)
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     confidence, guess = probs.max(1)
@@ -119,17 +131,26 @@ def expected_calibration_error(
     return total / len(labels), tuple(found)
 
 
-def auroc(inside: Tensor, outside: Tensor) -> float:
+def auroc(inside: Values, outside: Values) -> float:
     """How surely a score tells images of other data from known ones: the probability that theirs is higher.
 
     Args:
         inside: scores (N,) of data as in training; the higher, the stranger, such as `Prediction.entropy`.
         outside: scores (M,) of other data.
+
+    Raises:
+        ValueError: scores that are not (N,) and (M,), none, or not finite.
     """
     from sklearn.metrics import roc_auc_score
 
-    scores = torch.cat([inside, outside]).detach().double().cpu()
-    strange = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))])
+    known, other = (torch.as_tensor(each).detach().double().cpu() for each in (inside, outside))
+    if known.ndim != 1 or other.ndim != 1 or not len(known) or not len(other):
+        raise ValueError(
+            f"scores (N,) and (M,) are needed, not {tuple(known.shape)} and {tuple(other.shape)}"
+        )
+    scores, strange = torch.cat([known, other]), torch.cat([torch.zeros(len(known)), torch.ones(len(other))])
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores contain NaN or infinity")
     return float(roc_auc_score(strange.numpy(), scores.numpy()))
 
 
@@ -167,7 +188,10 @@ def reliability_plot(
     return figure
 
 
-def _checked(probs: Tensor, labels: Tensor) -> Tensor:
+def _checked(probs: Values, labels: Values) -> tuple[Tensor, Tensor]:
+    """Probabilities in float64 and labels beside them, as tensors."""
+    probs = torch.as_tensor(probs)
+    labels = torch.as_tensor(labels).to(probs.device)
     if probs.ndim != 2 or labels.shape != probs.shape[:1] or len(labels) == 0:
         raise ValueError(
             f"probabilities (N, C) and labels (N,) are needed, not {tuple(probs.shape)} and {tuple(labels.shape)}"
@@ -180,4 +204,4 @@ def _checked(probs: Tensor, labels: Tensor) -> Tensor:
         probs.sum(1), torch.ones(len(probs), dtype=probs.dtype, device=probs.device), atol=tolerance
     ):
         raise ValueError("rows must be probabilities that sum to 1; take softmax of logits")
-    return probs
+    return probs, labels.long()

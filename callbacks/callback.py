@@ -1,6 +1,7 @@
 """What a callback is: the base class, the progress it reads and the warnings it gives."""
 
 from collections.abc import Callable, Iterable, Sized
+from numbers import Real
 from typing import Any, Literal, Protocol
 
 import torch
@@ -30,12 +31,13 @@ class Progress:
     """
 
     def __init__(self, total_steps: int) -> None:
-        if total_steps < 1 or total_steps != int(total_steps):
+        given: object = total_steps
+        if not isinstance(given, Real) or total_steps < 1 or total_steps != int(total_steps):
             raise ValueError(
-                f"total_steps must be the number of optimizer updates, at least 1, not {total_steps}"
+                f"total_steps must be the number of optimizer updates, at least 1, not {total_steps!r}"
             )
         self.step = 0
-        self.total_steps = total_steps
+        self.total_steps = int(total_steps)
 
     @property
     def fraction(self) -> float:

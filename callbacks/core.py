@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 from weakref import WeakKeyDictionary, WeakSet
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from leaven.callbacks.callback import (
@@ -28,8 +28,18 @@ from leaven.callbacks.callback import (
     map_images,
     updates,
 )
+from leaven.callbacks.checks import (
+    check_arguments,
+    check_claims,
+    check_elsewhere,
+    check_objective,
+    check_obstacles,
+    check_plain,
+    check_state,
+    check_surgery,
+)
 from leaven.callbacks.hooks import Hook, Switch, watch
-from leaven.callbacks.wrappers import AttachError, in_ddp, obstacles, unwrap_model, unwrap_optimizers
+from leaven.callbacks.wrappers import AttachError, unwrap_model, unwrap_optimizers
 
 __all__ = [
     "AttachError",
@@ -47,12 +57,8 @@ __all__ = [
 # How many updates may pass before a hook that never fired, or an optimizer that never stepped, is reported.
 _SILENT_UPDATES = 3
 _SILENT_ROUND = 1000
-# Callbacks of a lower order change the model itself.
-SURGERY = 20
 # Who is attached to a model, as long as both live.
 _ATTACHED: WeakKeyDictionary[nn.Module, "WeakSet[Attached]"] = WeakKeyDictionary()
-# What a state may hold beside tensors and containers.
-_PLAIN = (type(None), bool, int, float, str, bytes)
 
 
 def attach(
@@ -70,7 +76,10 @@ def attach(
         total_steps: optimizer updates of the whole run, see `updates`.
 
     Raises:
-        AttachError: two callbacks claim one slot or one name, or the model or optimizer does not run hooks.
+        TypeError: arguments in another order, or a callback's class in place of the callback.
+        ValueError: total_steps is no number of updates.
+        AttachError: two callbacks claim one slot or one name, the model or optimizer does not run hooks, or the
+            objective refuses a callback.
     """
     return Attached(model, optimizer, callbacks, total_steps)
 
@@ -90,12 +99,16 @@ class Attached:
         callbacks: Iterable[Callback],
         total_steps: int,
     ) -> None:
+        callbacks = tuple(callbacks)
+        check_arguments(model, optimizer, callbacks)
         self.callbacks = tuple(sorted(callbacks, key=lambda callback: callback.order))
         self.progress = Progress(total_steps)
-        _check_claims(self.callbacks)
-        _check_elsewhere(unwrap_model(model), self.callbacks)
-        _check_obstacles(model, self.callbacks)
-        _check_surgery(model, self.callbacks)
+        others = _ATTACHED.get(unwrap_model(model), ())
+        check_claims(self.callbacks)
+        check_elsewhere(model, self.callbacks, [each for other in others for each in other.callbacks])
+        check_obstacles(model, self.callbacks)
+        check_surgery(model, self.callbacks)
+        check_objective(model, self.callbacks)
         self._optimizers = unwrap_optimizers(optimizer)
         self._round = [0] * len(self._optimizers)  # updates of each optimizer since the last count
         self._optimizers_report = False
@@ -162,7 +175,7 @@ class Attached:
         """
         states = {callback.name: callback.state_dict() for callback in self.callbacks}
         for name, state in states.items():
-            _check_plain(state, name)
+            check_plain(state, name)
         progress = {"step": self.progress.step, "total_steps": self.progress.total_steps}
         return {"progress": {**progress, "round": list(self._round)}, "callbacks": states}
 
@@ -170,8 +183,10 @@ class Attached:
         """Restore `state_dict`; nothing is changed when the names do not fit.
 
         Raises:
-            ValueError: the callbacks, or the number of optimizers, are not those that were saved.
+            ValueError: it is no state of callbacks, or the callbacks, or the number of optimizers, are not those that
+                were saved.
         """
+        check_state(state)
         progress, states = state["progress"], state["callbacks"]
         names = [callback.name for callback in self.callbacks]
         if missing := [name for name in names if name not in states]:
@@ -194,7 +209,10 @@ class Attached:
         self.progress.step = progress["step"]
         self._round = list(progress["round"])
         for callback in self.callbacks:
-            callback.load_state_dict(states[callback.name])
+            try:
+                callback.load_state_dict(states[callback.name])
+            except KeyError as error:
+                raise ValueError(f"the checkpoint's state of {callback.name} has no {error}") from error
 
     def __repr__(self) -> str:
         return f"Attached({', '.join(map(repr, self.callbacks))}; {self.progress})"
@@ -231,7 +249,7 @@ class Attached:
         if self._paused:
             return
         if self._watched_updates == 0:  # FSDP may have sharded the model after attach; compiling it is fine
-            _check_obstacles(self._whole, self.callbacks, ignored="compiled")
+            check_obstacles(self._whole, self.callbacks, ignored="compiled")
             self._report_foreign_optimizers()
         with self._switch.off():  # observers see the plain model
             for callback in self.callbacks:
@@ -265,66 +283,3 @@ class Attached:
                 NoEffectWarning,
                 stacklevel=2,
             )
-
-
-def _check_elsewhere(model: nn.Module, callbacks: Sequence[Callback]) -> None:
-    """Slots are claimed per model, not per call of `attach`."""
-    taken = {
-        each.slot: each.name for other in _ATTACHED.get(model, ()) for each in other.callbacks if each.slot
-    }
-    for callback in callbacks:
-        if callback.slot in taken:
-            raise AttachError(
-                f"{taken[callback.slot]}, attached to this {type(model).__name__} already, and {callback.name} both "
-                f"claim the slot {callback.slot!r}: remove the first one"
-            )
-
-
-def _check_claims(callbacks: Sequence[Callback]) -> None:
-    names: set[str] = set()
-    slots: dict[str, str] = {}
-    for callback in callbacks:
-        if callback.slot is not None and callback.slot in slots:
-            raise AttachError(
-                f"{slots[callback.slot]} and {callback.name} both claim the slot {callback.slot!r}: "
-                "attach only one of them"
-            )
-        if callback.name in names:
-            raise AttachError(
-                f"two callbacks are named {callback.name!r}: give one another name, "
-                f"for example callback.name = '{callback.name}_2'"
-            )
-        names.add(callback.name)
-        if callback.slot is not None:
-            slots[callback.slot] = callback.name
-
-
-def _check_obstacles(model: nn.Module, callbacks: Sequence[Callback], ignored: str = "") -> None:
-    for kind, line in obstacles(model):
-        refused = [callback.name for callback in callbacks if kind not in callback.supports]
-        if refused and kind != ignored:
-            raise AttachError(f"cannot attach {', '.join(refused)} to {type(model).__name__}: {line}")
-
-
-def _check_surgery(model: nn.Module, callbacks: Sequence[Callback]) -> None:
-    surgery = [callback.name for callback in callbacks if callback.order < SURGERY]
-    if surgery and in_ddp(model):
-        raise AttachError(
-            f"{', '.join(surgery)} changes the parameters of {type(unwrap_model(model)).__name__}: attach it "
-            "before it is wrapped in DistributedDataParallel (before accelerator.prepare)"
-        )
-
-
-def _check_plain(value: Any, owner: str) -> None:
-    """Checkpoints are read by `torch.load(weights_only=True)` and by people: no pickled classes."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(key, owner)
-            _check_plain(item, owner)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check_plain(item, owner)
-    elif type(value) not in _PLAIN and not isinstance(value, Tensor):
-        raise TypeError(
-            f"the state of {owner} holds a {type(value).__name__}: only plain types and tensors can be saved"
-        )

@@ -24,6 +24,9 @@ class EMA(Callback):
             `--model-ema-warmup`); for runs that are short against `1 / (1 - decay)` updates.
         device: where to keep the average; the model's device by default.
         name: for a second average beside the first.
+
+    Raises:
+        ValueError: a decay out of range.
     """
 
     order = 90

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from leaven.callbacks.callback import Callback
-from leaven.callbacks.core import SURGERY, Attached, attach
+from leaven.callbacks.checks import SURGERY
+from leaven.callbacks.core import Attached, attach
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -31,6 +31,9 @@ class KNNProbe(Callback):
 
     Attributes:
         history: pairs (update, accuracy in [0, 1]), oldest first.
+
+    Raises:
+        ValueError: no number of updates, images and labels that differ in number, or more neighbours than images.
     """
 
     order = 95

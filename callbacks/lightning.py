@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from leaven.callbacks.callback import Callback
-from leaven.callbacks.core import SURGERY, Attached, attach
+from leaven.callbacks.checks import SURGERY
+from leaven.callbacks.core import Attached, attach
 
 try:
     import lightning.pytorch as pl

@@ -1,4 +1,4 @@
-"""The second moment of what a first layer multiplies its weight with: the patches of its input."""
+"""The mathematics of TrAct: the second moment of a first layer's patches, and the gradient times its inverse."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Systems up to this size are solved in float64.
+_SMALL = 256
 # Patches are laid out in parts of so many numbers: on a CPU what its cache holds, elsewhere few parts.
 _PART = {"cpu": 1 << 18}
 _LARGE_PART = 1 << 26
@@ -31,7 +33,7 @@ def patch_second_moment(x: Tensor, layer: nn.Module) -> tuple[Tensor, int]:
 
     For a convolution u is a patch, in the order of ``weight.flatten(1)``, under the layer's own stride, dilation,
     groups and padding; a patch at the border counts as one, with its padding. Not centred. Computed in float32, or in
-    float64 where `x` is that, whatever autocast says.
+    float64 where `x` is that, whatever autocast says. Source: see `tract_gradient`.
 
     Args:
         x: what the layer is called with, (B, C, ...) for a convolution, (..., C) for a Linear.
@@ -51,6 +53,45 @@ def patch_second_moment(x: Tensor, layer: nn.Module) -> tuple[Tensor, int]:
             rows = x.reshape(-1, layer.in_features)
             return (rows.mT @ rows)[None], len(rows)
         return _of_convolution(x, layer)
+
+
+def tract_gradient(gradient: Tensor, moment: Tensor, lam: float) -> Tensor:
+    """The gradient of a first layer's weight times (C + lam I)^-1, C the second moment of its inputs.
+
+    The step -eta times it solves the ridge regression ||dz - dW x||^2 + lam b ||dW||^2 for the change of weight that
+    comes closest to a gradient step dz = -eta b dL/dz on the pre-activations, over a batch x of b inputs.
+
+    Solved by Cholesky, in float64 up to n = 256 and in float32 beyond. A gradient that is not finite gives one that
+    is not. Where the moment is not finite, the gradient comes back as it is.
+
+    Source: Petersen, Borgelt, Ermon 2024 (arXiv 2410.23970), section 3.
+
+    Args:
+        gradient: of the weight, (out, ...) with n numbers in each row.
+        moment: mean of u u^T over patches u, (n, n), or (groups, n, n) with the rows of a group together.
+        lam: greater than 0, in units of the inputs' variance.
+
+    Raises:
+        ValueError: lam is not greater than 0.
+    """
+    if not lam > 0:
+        raise ValueError(f"lam must be greater than 0, got {lam}")
+    result, _ = solved(gradient, moment, lam)
+    return result
+
+
+def solved(gradient: Tensor, moment: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    """`tract_gradient`, and whether the system could be solved: a tensor, for reading it would wait for a GPU."""
+    moment = moment if moment.ndim == 3 else moment[None]
+    groups, n, _ = moment.shape
+    double = n <= _SMALL and moment.device.type != "mps"
+    precision = torch.float64 if double else torch.promote_types(moment.dtype, torch.float32)
+    system = moment.to(precision) + lam * torch.eye(n, dtype=precision, device=moment.device)
+    factor, failures = torch.linalg.cholesky_ex(system)
+    good = (failures == 0).all() & torch.isfinite(system).all()
+    right = gradient.reshape(groups, -1, n).to(precision).mT
+    solved = torch.cholesky_solve(right, factor).mT.reshape(gradient.shape)
+    return torch.empty_like(gradient).copy_(torch.where(good, solved, gradient.to(precision))), good
 
 
 def _of_convolution(x: Tensor, layer: Any) -> tuple[Tensor, int]:

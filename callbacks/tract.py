@@ -11,52 +11,13 @@ from torch.optim import Optimizer
 
 from leaven.callbacks.callback import Callback, Handle, NoEffectWarning, Progress
 from leaven.callbacks.hooks import Hook, Switch, watch
-from leaven.callbacks.second_moment import patch_second_moment, reason_against
+from leaven.callbacks.second_moment import patch_second_moment, reason_against, solved, tract_gradient
 from leaven.callbacks.wrappers import AttachError
 
-# Systems up to this size are solved in float64.
-_SMALL = 256
+__all__ = ["TrAct", "remove_tract", "tract", "tract_gradient"]
+
 # Updates between looks at whether a moment could not be used: on a GPU each look waits for it.
 _LOOK = 50
-
-
-def tract_gradient(gradient: Tensor, moment: Tensor, lam: float) -> Tensor:
-    """The gradient of a first layer's weight times (C + lam I)^-1, C the second moment of its inputs.
-
-    The step -eta times it solves the ridge regression ||dz - dW x||^2 + lam b ||dW||^2 for the change of weight that
-    comes closest to a gradient step dz = -eta b dL/dz on the pre-activations, over a batch x of b inputs.
-
-    Solved by Cholesky, in float64 up to n = 256 and in float32 beyond. A gradient that is not finite gives one that
-    is not. Where the moment is not finite, the gradient comes back as it is.
-
-    Source: Petersen, Borgelt, Ermon 2024 (arXiv 2410.23970), section 3.
-
-    Args:
-        gradient: of the weight, (out, ...) with n numbers in each row.
-        moment: mean of u u^T over patches u, (n, n), or (groups, n, n) with the rows of a group together.
-        lam: greater than 0, in units of the inputs' variance.
-
-    Raises:
-        ValueError: lam is not greater than 0.
-    """
-    if not lam > 0:
-        raise ValueError(f"lam must be greater than 0, got {lam}")
-    result, _ = _solved(gradient, moment, lam)
-    return result
-
-
-def _solved(gradient: Tensor, moment: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    """`tract_gradient`, and whether the system could be solved: a tensor, for reading it would wait for a GPU."""
-    moment = moment if moment.ndim == 3 else moment[None]
-    groups, n, _ = moment.shape
-    double = n <= _SMALL and moment.device.type != "mps"
-    precision = torch.float64 if double else torch.promote_types(moment.dtype, torch.float32)
-    system = moment.to(precision) + lam * torch.eye(n, dtype=precision, device=moment.device)
-    factor, failures = torch.linalg.cholesky_ex(system)
-    good = (failures == 0).all() & torch.isfinite(system).all()
-    right = gradient.reshape(groups, -1, n).to(precision).mT
-    solved = torch.cholesky_solve(right, factor).mT.reshape(gradient.shape)
-    return torch.empty_like(gradient).copy_(torch.where(good, solved, gradient.to(precision))), good
 
 
 class TrAct(Callback):
@@ -140,7 +101,7 @@ class TrAct(Callback):
 def tract(layer: nn.Module, lam: float = 0.1, sync: bool = True) -> nn.Module:
     """Make one layer a TrAct layer, in place, without `attach`: ``model.conv1 = tract(model.conv1)``.
 
-    Only its hooks change. `remove_tract` takes them off; deep copies do not have them.
+    Only its hooks change. `remove_tract` takes them off; deep copies do not have them. Source: see `TrAct`.
 
     Args:
         layer: the first one of a model: Linear, or Conv1d to Conv3d.
@@ -200,7 +161,7 @@ def _found(model: nn.Module) -> list[str]:
 
     try:
         _, found = first_that_runs(follow, candidate_images(model, None))
-    except UNSUITABLE as error:
+    except (*UNSUITABLE, TypeError) as error:  # a TypeError: it takes keywords alone, or more than images
         raise AttachError(
             f"TrAct cannot tell the first layer of {type(model).__name__}, which runs on no image that was tried "
             f'({reason_of(error)}): name it, as in TrAct(layers=["embed"])'
@@ -303,7 +264,7 @@ class _FirstLayer:
     def times_inverse(self, gradient: Tensor, packed: Tensor) -> Tensor:
         groups = getattr(self.layer, "groups", 1)
         n = gradient[0].numel()
-        result, good = _solved(gradient, (packed[:-1] / packed[-1]).view(groups, n, n), self.lam())
+        result, good = solved(gradient, (packed[:-1] / packed[-1]).view(groups, n, n), self.lam())
         self.bad = ~good if self.bad is None else self.bad | ~good
         return result
 

@@ -26,7 +26,8 @@ _ODD = 3
 class EfficientTrain(Callback):
     """Shrinks what the model trains on by a schedule: cheap low frequencies first, the whole images at the end.
 
-    Works in a forward pre-hook, in training mode only; evaluation sees whole images. The model must take images of
+    Works in a forward pre-hook, in training mode only; evaluation sees whole images, and so does training in eval mode,
+    which a warning tells. The model must take images of
     several sizes, and is tried at all of them when it is attached, if it runs on images alone. Where images come
     smaller out of the loader already, they pass. What a hook cannot do is reported for the loop to apply at the next
     update, if it likes:
@@ -52,7 +53,7 @@ class EfficientTrain(Callback):
             frequencies, and saves nothing.
 
     Attributes:
-        size: (h, w) of the coming update's images.
+        size: (h, w) of the coming update's images in training mode. Logged is that of the last update's, as they were.
         strength: of its augmentation, 1 for full.
         batch_size: images of its micro-batches, None if it was not given.
         lr_factor: half a cosine from 1 to 0 on the schedule's clock, after the warm-up.
@@ -96,13 +97,22 @@ class EfficientTrain(Callback):
         ]
         self._progress: Progress | None = None
         self._odd = 0
+        # Of the images since the last update: as the hook gave them, as it left them in eval mode with gradients on.
+        self._given: Size | None = None
+        self._left: Size | None = None
+        self._warned = False
         self.update()
 
     def update(self) -> None:
+        before = self._given or self._left
+        if before is not None and self._given is None:
+            self._notice_eval(before)
+        self._given = self._left = None
         t = 0.0 if self._progress is None else self._progress.fraction
         clock = self.schedule.clock(t)
         stage = self.schedule.at(t)
         self.size = self.size_at(t)
+        self._logged = before or self.size
         self.strength = self.schedule.strength(t)
         self.batch_size = self.full_batch_size and self.full_batch_size * stage.batches
         self.lr_factor = clock / self.warmup if clock < self.warmup else _half_cosine(clock, self.warmup)
@@ -177,7 +187,7 @@ class EfficientTrain(Callback):
         self.update()
 
     def logs(self) -> dict[str, float]:
-        return {"size": float(self.size[0])}
+        return {"size": float(self._logged[0])}
 
     def __repr__(self) -> str:
         sizes = " ".join("x".join(map(str, size)) for size in self.shapes())
@@ -194,7 +204,21 @@ class EfficientTrain(Callback):
         )
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return map_images(self._shrink, args, kwargs) if module.training else None
+        if module.training:
+            return map_images(self._shrink_and_note, args, kwargs)
+        if torch.is_grad_enabled():
+            with suppress(TypeError):  # no images, which in eval mode is nobody's business
+                map_images(self._note, args, kwargs)
+        return None
+
+    def _shrink_and_note(self, images: Tensor) -> Tensor:
+        shrunk = self._shrink(images)
+        self._given = self.size if self.resize_back else (shrunk.shape[-2], shrunk.shape[-1])
+        return shrunk
+
+    def _note(self, images: Tensor) -> Tensor:
+        self._left = (images.shape[-2], images.shape[-1])
+        return images
 
     def _shrink(self, images: Tensor) -> Tensor:
         shape = (images.shape[-2], images.shape[-1])
@@ -228,6 +252,17 @@ class EfficientTrain(Callback):
                     NoEffectWarning,
                     stacklevel=2,
                 )
+
+    def _notice_eval(self, left: Size) -> None:
+        """An update came of eval mode alone: whoever freezes BatchNorm that way gets no curriculum."""
+        if left != self.size and not self._warned:
+            warnings.warn(
+                f"EfficientTrain has left images of {_words(left)} as they are at {_words(self.size)}, for the model "
+                "was trained in eval mode: call model.train(), and .eval() of the layers to freeze alone",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+            self._warned = True
 
     def _ask(self, model: nn.Module) -> None:
         """Objectives with sizes of their own, such as SparK, say which they take."""

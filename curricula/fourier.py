@@ -113,6 +113,8 @@ def fourier_crop(
     (Gibbs' ringing), so images are cropped after normalisation and never turned back into uint8. Half precision is
     computed in float32, also under autocast, and given back in its own type. The memory format is kept.
 
+    Source: Wang et al., EfficientTrain, ICCV 2023 (arXiv 2211.09703), low-frequency cropping.
+
     Args:
         x: floating-point images; a size equal to their own leaves an axis as it is.
         size: side, or (h, w).

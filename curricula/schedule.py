@@ -32,6 +32,8 @@ class Stage(NamedTuple):
 class Schedule:
     """Sizes that grow to the full one, and augmentation that grows to full strength.
 
+    Source: Wang et al., EfficientTrain, ICCV 2023 (arXiv 2211.09703); EfficientTrain++, TPAMI 2024 (arXiv 2405.08768).
+
     Args:
         stages: in order; the last one ends at 1 and has the full size.
         axis: what `Stage.until` and the strengths divide: "steps", the optimizer's updates (each of the same number

@@ -28,6 +28,8 @@ __all__ = [
     "recalibrate_batchnorm",
 ]
 
+# Features and labels, in whatever they were kept.
+Values = Tensor | np.ndarray | Sequence[Any]
 # Rows of the similarity matrix are computed in chunks of about this many numbers (64 MB in fp32).
 _CHUNK = 2**24
 # L2 penalties that the linear probe tries, strongest first, for the mean loss: sklearn's C is 1 / (l2 * N).
@@ -78,7 +80,12 @@ def few_protocol(*, split: str = "train to held-out", crop: str = "whole image, 
 
 
 def knn(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20, temperature: float = 0.07
+    train_x: Values,
+    train_y: Values,
+    test_x: Values,
+    test_y: Values,
+    k: int = 20,
+    temperature: float = 0.07,
 ) -> float:
     """Top-1 accuracy of the weighted k-nearest-neighbour classifier of Wu et al. (2018), as used by DINO.
 
@@ -86,7 +93,8 @@ def knn(
     ``exp(s / temperature)``. The search is exact. ``temperature=math.inf`` gives the plain majority vote.
 
     Args:
-        train_x: (N, D) features to search, on any device; the test features must be on the same one.
+        train_x: (N, D) features to search, on any device; the test features must be on the same one. Like the others
+            a tensor, an array or lists.
         train_y: (N,) class indices from 0.
         test_x: (M, D) features to classify.
         test_y: (M,) class indices from 0.
@@ -117,14 +125,14 @@ def knn(
     return correct / len(test_x)
 
 
-def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> float:
+def linear_probe(train_x: Values, train_y: Values, test_x: Values, test_y: Values, seed: int = 0) -> float:
     """Top-1 accuracy of multinomial logistic regression on standardised features.
 
     The L2 penalty is chosen on a fifth of the training features, held out class by class; the winner (the
     stronger of equals) is fitted again on all of them. Same inputs and seed, same result.
 
     Args:
-        train_x: (N, D) features.
+        train_x: (N, D) features; like the others a tensor, an array or lists.
         train_y: (N,) class indices from 0.
         test_x: (M, D) features.
         test_y: (M,) class indices from 0.
@@ -142,7 +150,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     return float(_chosen_regression(x, y, seed).score(queries, labels))
 
 
-def linear_probs(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Tensor:
+def linear_probs(train_x: Values, train_y: Values, test_x: Values, test_y: Values, seed: int = 0) -> Tensor:
     """Class probabilities (M, C) of the probe whose accuracy `linear_probe` gives, float64.
 
     Arguments and errors as there. C is one more than the largest label; a class that `train_y` lacks has probability 0.
@@ -156,7 +164,7 @@ def linear_probs(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 
 def few_label_probe(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, chosen: Sequence[int]
+    train_x: Values, train_y: Values, test_x: Values, test_y: Values, chosen: Sequence[int]
 ) -> float:
     """Top-1 accuracy of logistic regression that is told the labels of a few training images only.
 
@@ -164,7 +172,7 @@ def few_label_probe(
     is fixed, since one example of each class leaves nothing to choose it on.
 
     Args:
-        train_x: (N, D) features.
+        train_x: (N, D) features; like the others a tensor, an array or lists.
         train_y: (N,) class indices from 0.
         test_x: (M, D) features.
         test_y: (M,) class indices from 0.
@@ -219,15 +227,18 @@ def _held_out(y: np.ndarray, seed: int) -> np.ndarray:
     return held_out
 
 
-def _checked(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> tuple[Tensor, ...]:
+def _checked(*given: Values) -> tuple[Tensor, ...]:
     """The four tensors, features at least fp32 and labels int64 on the features' device, or a ValueError."""
+    train_x, train_y, test_x, test_y = (torch.as_tensor(each) for each in given)
     for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         if x.ndim != 2 or len(x) == 0 or y.shape != (len(x),):
             shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
             raise ValueError(f"{name} features must be (N, D) and labels (N,) with N > 0, not {shapes}")
         if not torch.isfinite(x).all():
             raise ValueError(f"{name} features contain NaN or infinity: did the backbone diverge?")
-        if y.is_floating_point() or int(y.min()) < 0:
+        if y.is_floating_point():
+            raise ValueError(f"{name} labels must be class indices of an integer type, not {y.dtype}")
+        if int(y.min()) < 0:
             raise ValueError(
                 f"{name} labels must be class indices from 0; unlabelled images cannot be evaluated"
             )

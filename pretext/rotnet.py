@@ -68,6 +68,9 @@ class RotNet(nn.Module):
     backbone with a classifier serves as well. Images come augmented, and are rotated here, last; whether that gives the
     rotation away, `leaven.pretext.cue_audit` can tell.
 
+    Source: Gidaris et al., Unsupervised Representation Learning by Predicting Image Rotations, ICLR 2018 (arXiv
+    1803.07728).
+
     Args:
         backbone: a name for `leaven.backbones.create`, or your own module.
         mode: "all" turns every image in all four ways, so that each step costs four passes per image; "random" in

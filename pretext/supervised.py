@@ -60,9 +60,8 @@ class Supervised(nn.Module):
             ValueError: the model gives no logits (B, N), or the targets do not fit them.
         """
         logits = logits_of(self.backbone, self.backbone(images))
+        targets = targets_of(logits, targets)
         if targets.ndim == 2:
-            if targets.shape != logits.shape:
-                raise ValueError(f"soft labels {tuple(targets.shape)} for logits {tuple(logits.shape)}")
             return Output(self.of_soft(logits, targets), {})
         right = _right(logits.detach(), targets).float()
         logs = {"top1": right[:, 0].mean()}
@@ -95,6 +94,41 @@ def logits_of(model: nn.Module, output: Any) -> Tensor:
         what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"{type(model).__name__} must return logits (B, N), not {what}")
     return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def targets_of(logits: Tensor, targets: Tensor, ignored: int | None = None) -> Tensor:
+    """Targets that fit logits (B, N): soft labels (B, N) in their type, or class indices (B,) as int64.
+
+    That indices are classes is checked on the CPU alone. Elsewhere reading them would wait for the device, whose own
+    kernels assert it.
+
+    Args:
+        logits: (B, N).
+        targets: (B, N) or (B,).
+        ignored: an index that stands for no label, where the loss knows one.
+
+    Raises:
+        ValueError: other shapes, indices of a floating type, or that are no classes.
+    """
+    if targets.ndim == 2:
+        if targets.shape != logits.shape:
+            raise ValueError(f"soft labels {tuple(targets.shape)} for logits {tuple(logits.shape)}")
+        return targets.to(logits.dtype)
+    if targets.shape != logits.shape[:1] or targets.is_floating_point():
+        raise ValueError(
+            f"class indices ({len(logits)},) of an integer type or soft labels {tuple(logits.shape)} are needed, not "
+            f"{tuple(targets.shape)} of {targets.dtype}"
+        )
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (targets < 0) | (targets >= logits.shape[1])
+        if ignored is not None:
+            wrong &= targets != ignored
+        if wrong.any():
+            without = "" if ignored is None else f", or {ignored} for images without a label"
+            raise ValueError(
+                f"class indices must be from 0 to {logits.shape[1] - 1}{without}, not {int(targets[wrong][0])}"
+            )
+    return targets.long()
 
 
 def count_correct(model: nn.Module, batches: Iterable[Any]) -> Tensor:

@@ -4,15 +4,15 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from leaven.bayes.deep_kernel_machine.machine import DeepKernelMachine
+from leaven.pretext.evaluation import Values
 
 
 def fit(
     machine: DeepKernelMachine,
-    x: Tensor,
-    targets: Tensor,
+    x: Values,
+    targets: Values,
     *,
     steps: int = 1000,
     batch_size: int = 256,
@@ -27,8 +27,8 @@ def fit(
 
     Args:
         machine: trained in place, and left in eval mode.
-        x: (N, D), standardised.
-        targets: (N, C) or (N,), see `DeepKernelMachine`.
+        x: (N, D), standardised; a tensor, an array or lists. Images (N, C, H, W) for a `ConvolutionalDKM`.
+        targets: (N, C) or (N,), see `likelihood` of `DeepKernelMachine`.
         steps: updates.
         batch_size: at most N points are taken.
         lr: where it starts.
@@ -37,10 +37,14 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite; the machine has the parameters that gave it.
-        ValueError: numbers that do not fit; see `DeepKernelMachine.init_inducing` and `.loss`.
+        ValueError: numbers that do not fit, or are not finite; see `DeepKernelMachine.init_inducing` and `.loss`.
     """
+    x, targets = torch.as_tensor(x), torch.as_tensor(targets)
     if len(x) != len(targets):
         raise ValueError(f"{len(x)} rows of x and {len(targets)} targets")
+    for name, values in (("x", x), ("the targets", targets)):
+        if not torch.isfinite(values).all():
+            raise ValueError(f"there is a NaN or an infinity in {name}: fill gaps first")
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
     if not machine.initialised:

@@ -1,6 +1,7 @@
 """A deep kernel machine in place of a backbone's classifier."""
 
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -110,7 +111,17 @@ class DKMHead(nn.Module):
 
         Returns:
             The loss. Logs: `kl`, the divergences' share of it, and `top1` of classes or `rmse` of real targets.
+
+        Raises:
+            ValueError: targets that do not fit.
         """
+        if self.training and len(images) > self.n_data:  # who draws with replacement may have that
+            warnings.warn(
+                f"DKMHead trains on a batch of {len(images)} images with n_data={self.n_data}: n_data is the number "
+                "of images in the whole training set, that divergences are divided by",
+                UserWarning,
+                stacklevel=2,
+            )
         prediction = self.predict(images)
         loss = self.machine.loss_of(prediction, targets, self.n_data)
         mean = prediction.mean.detach()

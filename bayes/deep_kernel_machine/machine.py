@@ -81,7 +81,7 @@ class DeepKernelMachine(nn.Module):
             raise ValueError("in_features, out_features, depth and n_inducing must be at least 1")
         if len(self.nu) != depth - 1 or not all(each > 0 for each in self.nu):
             raise ValueError(
-                f"nu must be one number greater than 0, or at depth {depth} a sequence of {depth - 1}, got {nu}"
+                f"nu must be one number greater than 0, or a sequence of depth - 1 = {depth - 1} of them, got {nu}"
             )
         if kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
@@ -177,28 +177,37 @@ class DeepKernelMachine(nn.Module):
         return loss.to(self.inducing.dtype)
 
     def expected_log_prob(self, prediction: Prediction, targets: Tensor) -> Tensor:
-        """E log p(y | f) of each point (B,): exact for real targets, by draws for classes."""
+        """E log p(y | f) of each point (B,), in nats: exact for real targets, by draws for classes.
+
+        Raises:
+            ValueError: targets of another shape or type than the likelihood's, or labels that are no classes.
+        """
         mean, variance, noise = prediction
         if noise is not None:
-            targets = (targets.unsqueeze(1) if targets.ndim == 1 else targets).double()
-            if targets.shape != mean.shape:
-                raise ValueError(
-                    f"targets {tuple(targets.shape)} for outputs {tuple(mean.shape)}; of classes give indices (B,) and "
-                    'build the machine with likelihood="categorical"'
+            real = (targets.unsqueeze(1) if targets.ndim == 1 else targets).double()
+            if real.shape != mean.shape:
+                hint = (
+                    ""
+                    if targets.is_floating_point()
+                    else '; of class indices the likelihood is "categorical"'
                 )
-            each = ((targets - mean).square() + variance) / noise + noise.log() + math.log(2 * math.pi)
+                raise ValueError(f"targets {tuple(targets.shape)} for outputs {tuple(mean.shape)}{hint}")
+            each = ((real - mean).square() + variance) / noise + noise.log() + math.log(2 * math.pi)
             return -0.5 * each.sum(1)
-        if targets.shape != mean.shape[:1]:
-            raise ValueError(f"class indices ({len(mean)},) are needed, not {tuple(targets.shape)}")
-        if targets.is_floating_point():
+        if targets.shape != mean.shape[:1] or targets.is_floating_point():
             raise ValueError(
-                f'class indices must be whole numbers, not {targets.dtype}: call .long(), or likelihood="gaussian" for '
-                "real targets"
+                f"class indices ({len(mean)},) of an integer type are needed, not {tuple(targets.shape)} of "
+                f"{targets.dtype}"
+            )
+        if ((targets < 0) | (targets >= self.out_features)).any():
+            raise ValueError(
+                f"class indices must be from 0 to {self.out_features - 1}, got {int(targets.min())} to "
+                f"{int(targets.max())}"
             )
         noise = torch.randn(self.draws, *mean.shape, dtype=mean.dtype, device=mean.device)
         functions = mean + variance.sqrt() * noise
         log_probs = F.log_softmax(functions, -1).mean(0)
-        return log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+        return log_probs.gather(1, targets.long().unsqueeze(1)).squeeze(1)
 
     def kl(self) -> Tensor:
         """All divergences, weighted: nu times that of each learnt Gram matrix, tempering times the outputs'."""

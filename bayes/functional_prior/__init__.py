@@ -4,9 +4,11 @@ from leaven.bayes.functional_prior.diagnostics import effective_sample_size, rha
 from leaven.bayes.functional_prior.distances import Critic, energy_distance, sliced_distance, train_critic
 from leaven.bayes.functional_prior.families import FAMILIES, Family, Flow, Gaussian, Hierarchical
 from leaven.bayes.functional_prior.fit import fit_prior, image_measure, table_measure
+from leaven.bayes.functional_prior.likelihoods import gaussian_loglik, softmax_loglik
 from leaven.bayes.functional_prior.map import map_estimate
 from leaven.bayes.functional_prior.prior import FunctionalPrior
-from leaven.bayes.functional_prior.sghmc import SGHMC, PosteriorSamples, gaussian_loglik, softmax_loglik
+from leaven.bayes.functional_prior.samples import PosteriorSamples
+from leaven.bayes.functional_prior.sghmc import SGHMC
 from leaven.bayes.functional_prior.target import GPTarget
 
 __all__ = [

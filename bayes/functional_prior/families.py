@@ -45,6 +45,7 @@ class Gaussian(Family):
 
     @property
     def std(self) -> Tensor:
+        """s, a scalar."""
         return F.softplus(self.raw)
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -68,10 +69,12 @@ class Hierarchical(Family):
 
     @property
     def shape(self) -> Tensor:
+        """Of the inverse Gamma distribution, a scalar."""
         return F.softplus(self.raw_shape)
 
     @property
     def rate(self) -> Tensor:
+        """Of the inverse Gamma distribution, a scalar."""
         return F.softplus(self.raw_rate)
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:

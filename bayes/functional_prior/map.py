@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
+from leaven.bayes.functional_prior.likelihoods import LogLik
 from leaven.bayes.functional_prior.prior import FunctionalPrior, Params, check_mode
-from leaven.bayes.functional_prior.sghmc import LogLik
 
 
 def map_estimate(

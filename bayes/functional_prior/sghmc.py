@@ -1,96 +1,20 @@
 """Sample a posterior by stochastic gradients: Hamiltonian Monte Carlo with friction, adapted during burn-in."""
 
-import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from leaven.bayes.functional_prior.diagnostics import effective_sample_size, rhat
+from leaven.bayes.functional_prior.likelihoods import LogLik, gaussian_loglik, softmax_loglik
 from leaven.bayes.functional_prior.prior import FunctionalPrior, Params, check_mode
+from leaven.bayes.functional_prior.samples import PosteriorSamples
 
-LogLik = Callable[[Tensor, Tensor], Tensor]
+__all__ = ["SGHMC", "LogLik", "PosteriorSamples", "gaussian_loglik", "softmax_loglik"]
+
 _LEAST_NOISE = 1e-16
-
-
-@dataclass
-class PosteriorSamples:
-    """Parameters drawn from a posterior.
-
-    Attributes:
-        params: name -> (chains, draws, ...).
-        functions: values at some inputs that mixing is judged by, (chains, draws, numbers).
-        clamped_fraction: share of all steps and parameters whose injected noise was at its least: where that is not
-            small, chains descend rather than sample, and the step should be smaller or larger; see `SGHMC`.
-    """
-
-    params: Params
-    functions: Tensor
-    clamped_fraction: float
-
-    def rhat(self) -> Tensor:
-        """Of every number in `functions`; near 1 where chains agree, and above 1.1 they do not."""
-        return rhat(self.functions)
-
-    def ess(self) -> Tensor:
-        """Effective number of draws of every number in `functions`."""
-        return effective_sample_size(self.functions)
-
-    def after(self, first: int) -> "PosteriorSamples":
-        """Without the first draws of every chain."""
-        params = {name: value[:, first:] for name, value in self.params.items()}
-        return PosteriorSamples(params, self.functions[:, first:], self.clamped_fraction)
-
-    def flat(self) -> Params:
-        """Parameters of all chains (chains * draws, ...)."""
-        return {name: value.flatten(0, 1) for name, value in self.params.items()}
-
-    def predict(self, prior: FunctionalPrior, x: Tensor, chunk_size: int | None = None) -> Tensor:
-        """Values (chains * draws, B, ...), without gradient.
-
-        Args:
-            prior: that was sampled under.
-            x: inputs (B, ...).
-            chunk_size: see `FunctionalPrior.evaluate`.
-        """
-        with torch.no_grad():
-            return prior.evaluate(self.flat(), x, chunk_size)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file."""
-        from safetensors.torch import save_file
-
-        tensors = {f"params.{name}": value.contiguous() for name, value in self.params.items()}
-        tensors["functions"] = self.functions.contiguous()
-        save_file(tensors, path, metadata={"clamped_fraction": repr(self.clamped_fraction)})
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> "PosteriorSamples":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: another kind of file.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no posterior samples at {path}")
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                clamped = float(file.metadata()["clamped_fraction"])
-            functions = tensors.pop("functions")
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} has no posterior samples in it ({error})") from error
-        return PosteriorSamples(
-            {name.removeprefix("params."): value for name, value in tensors.items()}, functions, clamped
-        )
 
 
 @dataclass
@@ -297,43 +221,3 @@ class SGHMC:
             raise ValueError(f"loglik gives {tuple(each.shape)} for {len(y)} rows: one number each is needed")
         likelihood = each.mean() / self.likelihood_temperature
         return -(likelihood + self.prior.log_prob(params) / len(self.x))
-
-
-def gaussian_loglik(noise: float) -> LogLik:
-    """Log likelihood (B,) of real targets (B, K) with independent noise, in nats, as a function of outputs and targets.
-
-    Args:
-        noise: variance.
-
-    Raises:
-        ValueError: it is not greater than 0; on calling, targets of another shape than the outputs.
-    """
-
-    if not noise > 0:
-        raise ValueError(f"noise must be greater than 0, got {noise}")
-
-    def loglik(outputs: Tensor, targets: Tensor) -> Tensor:
-        if outputs.shape != targets.shape:
-            raise ValueError(f"targets {tuple(targets.shape)} for outputs {tuple(outputs.shape)}")
-        each = (targets - outputs).square() / noise + math.log(2 * math.pi * noise)
-        return -0.5 * each.flatten(1).sum(1)
-
-    return loglik
-
-
-def softmax_loglik(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Log likelihood (B,) of class indices given logits, in nats.
-
-    Args:
-        outputs: logits (B, K).
-        targets: class indices (B,).
-
-    Raises:
-        ValueError: targets that are no integers (B,).
-    """
-    if targets.is_floating_point() or targets.shape != outputs.shape[:1]:
-        raise ValueError(
-            f"targets {tuple(targets.shape)} of {targets.dtype} for logits {tuple(outputs.shape)}: class indices (B,) "
-            "are needed"
-        )
-    return outputs.log_softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)

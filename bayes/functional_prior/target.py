@@ -11,6 +11,8 @@ from torch import Tensor
 class GPTarget:
     """A Gaussian process of gpytorch's parts, with its hyper-priors, to draw functions of.
 
+    Source: Tran et al., All You Need is a Good Functional Prior for Bayesian Deep Learning, JMLR 2022.
+
     Args:
         kernel: a kernel of gpytorch's. If priors are registered in it, every function has hyper-parameters of its own.
         mean: a mean of gpytorch's; zero by default.

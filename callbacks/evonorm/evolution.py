@@ -54,7 +54,7 @@ class AgeingEvolution:
         population: members at most; so many starts come first.
         tournament: share of the population that a winner is taken from, at least two members.
         winner: "pareto", a random one of those that none in the tournament surpasses in all scores; "average", the best
-            mean.
+            mean. For Optuna's NSGA-II take `NSGA2` in place of this class.
         start: the first candidates; random ones follow.
         accept: an empty string for genomes that are worth a trial, see `FreeChecks`; None takes all.
         seed: of everything random.
@@ -81,7 +81,9 @@ class AgeingEvolution:
                 f"population must be at least 2 and tournament in (0, 1]: {population}, {tournament}"
             )
         if winner not in ("pareto", "average"):
-            raise ValueError(f'winner must be "pareto" or "average", not {winner!r}')
+            nsga2 = "; NSGA-II is the class leaven.callbacks.evonorm.NSGA2"
+            other = nsga2 if str(winner) == "nsga2" else ""
+            raise ValueError(f'winner must be "pareto" or "average", not {winner!r}{other}')
         self.space, self.population, self.tournament, self.winner = space, population, tournament, winner
         self.start, self.accept, self.seed, self.random_only = tuple(start), accept, seed, random_only
         self.members: deque[Member] = deque(maxlen=population)

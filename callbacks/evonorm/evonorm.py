@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from leaven.callbacks.callback import Callback, Handle, Progress
 from leaven.callbacks.evonorm.genome import Genome
 from leaven.callbacks.evonorm.replace import Report, replace_norm_act
+from leaven.callbacks.evonorm.watch import Example
 from leaven.callbacks.wrappers import AttachError
 
 
@@ -48,6 +49,9 @@ def evolved_norm(genome: Genome, num_features: int, **kwargs: Any) -> nn.Module:
         genome: what a search found, or `Genome.named`.
         num_features: C.
         **kwargs: see `leaven.callbacks.evonorm.evolved.EvolvedNormAct2d`.
+
+    Raises:
+        ValueError: no groups; on calling, images of another shape.
     """
     from leaven.callbacks.evonorm.evolved import EvolvedNormAct2d  # imports torch.fx
 
@@ -61,10 +65,13 @@ class EvoNorm(Callback):
     it gets the new parameters, too. What was replaced is the network from then on: `Attached.remove` takes it back
     only before the first update. A checkpoint holds EvoNorm's layers: attach before you load one.
 
+    Source: Liu et al., Evolving Normalization-Activation Layers, NeurIPS 2020 (arXiv 2004.02967).
+
     Args:
         kind, groups: see `evo_norm`.
         genome: a layer that a search found, or the path of its JSON, in place of a kind; see `EvolvedNormAct2d`.
-        example: images that the model takes, if it is not a usual image model.
+        example: images that the model takes, if it is not a usual image model, or a dict of the keyword arguments of a
+            call.
         **kwargs: see `evo_norm`.
 
     Attributes:
@@ -85,7 +92,7 @@ class EvoNorm(Callback):
         *,
         genome: Genome | str | os.PathLike[str] | None = None,
         groups: int = 32,
-        example: Tensor | None = None,
+        example: Example | None = None,
         **kwargs: Any,
     ) -> None:
         if genome is None:

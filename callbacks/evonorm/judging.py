@@ -209,6 +209,9 @@ def judge(
 
     Returns:
         ``{"scores": [...]}`` or ``{"rejected": reason}``, which JSON can hold.
+
+    Raises:
+        ValueError: no anchor of that name.
     """
     genome = Genome.from_json(genome) if isinstance(genome, str) else genome
     factory = partial(EvolvedNormAct2d, genome)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -10,36 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from leaven.callbacks.callback import NoEffectWarning
-
-# What counts as the activation of a pair; gates (sigmoid, tanh) do not.
-_ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
-    nn.Hardswish, nn.Hardtanh, nn.Softplus,
-)  # fmt: skip
-_TIMMS = {
-    "Swish",
-    "HardSwish",
-    "HardSwishMe",
-    "HardMish",
-    "HardMishMe",
-    "Mish",
-    "GELU",
-    "GELUTanh",
-    "QuickGELU",
-    "PReLU",
-}
-# SyncBatchNorm is what DDP's users convert to; in eval mode it is the same layer.
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_FUNCTIONS = {
-    "relu", "relu_", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "gelu", "silu", "mish",
-    "hardswish", "hardtanh", "softplus",
-}  # fmt: skip
+from leaven.callbacks.evonorm.graphs import NoGraph, graph_without
+from leaven.callbacks.evonorm.watch import FUNCTIONS, NORMS, Example, Watch, is_activation, watch_run
 
 
 class NormActFactory(Protocol):
@@ -108,7 +83,7 @@ def replace_norm_act(
     model: nn.Module,
     factory: NormActFactory,
     *,
-    example: Tensor | None = None,
+    example: Example | None = None,
     optimizers: Sequence[Optimizer] = (),
 ) -> Report:
     """Replace each BatchNorm2d and the activation behind it by one layer, in place.
@@ -124,7 +99,8 @@ def replace_norm_act(
     Args:
         model: not called through torch.compile yet.
         factory: ``factory(num_features, apply_act=...)``, such as ``partial(evo_norm, "s0")`` with its channels second.
-        example: images (B, C, H, W) that the model takes; some are tried where it is missing.
+        example: images (B, C, H, W) that the model takes, or a dict of the keyword arguments of a call; some images
+            are tried where it is missing.
         optimizers: those of the model, where they exist already.
 
     Returns:
@@ -133,12 +109,12 @@ def replace_norm_act(
     Raises:
         ValueError: the model runs on no image, before or after; nothing is left half done.
     """
-    watch = _run(model, example)
+    watch = watch_run(model, example)
     report = Report()
     try:
         _replace(model, watch, factory, optimizers, report)
         if report.replaced:
-            _run(model, example)
+            watch_run(model, example)
     except BaseException:
         report.undo()
         raise
@@ -148,96 +124,6 @@ def replace_norm_act(
             f"no layer of {type(model).__name__} was replaced: {why}", NoEffectWarning, stacklevel=2
         )
     return report
-
-
-def _run(model: nn.Module, example: Tensor | None) -> _Watch:
-    from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, reason_of, untouched
-
-    def once(images: Tensor) -> _Watch:
-        watch = _Watch(model)
-        with (
-            watch.hooked(),
-            untouched(model),
-            torch.no_grad(),
-            torch.compiler.set_stance("force_eager"),
-            watch,
-        ):
-            model(images)
-        return watch
-
-    try:
-        _, watch = first_that_runs(
-            once, candidate_images(model, None) if example is None else iter([example])
-        )
-    except UNSUITABLE as error:
-        raise ValueError(
-            f"cannot see the layers of {type(model).__name__} at work, for it does not run ({reason_of(error)}): "
-            "give an example"
-        ) from error
-    found: _Watch = watch
-    return found
-
-
-@dataclass
-class _Call:
-    """One output of a BatchNorm, and what became of it."""
-
-    norm: nn.Module
-    output: Tensor
-    uses: list[tuple[str, nn.Module, nn.Module]] = field(default_factory=list)  # function, within, called by
-
-
-class _Watch(TorchFunctionMode):
-    """Runs along and notes who uses the outputs of BatchNorm layers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.calls: dict[nn.Module, list[_Call]] = {}
-        self.act_calls: Counter[nn.Module] = Counter()
-        self.given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self._live: dict[int, _Call] = {}
-        self._running: list[nn.Module] = []
-
-    def hooked(self) -> Any:
-        from contextlib import ExitStack
-
-        stack = ExitStack()
-        for module in self.model.modules():
-            stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
-        return stack
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._running.append(module)
-        if module not in self.given:  # `...` for tensors, which need not be kept
-            without = [... if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
-            names = dict(zip(kwargs, without[len(args) :], strict=True))
-            self.given[module] = tuple(without[: len(args)]), names
-        if _is_activation(module):
-            self.act_calls[module] += 1
-
-    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
-        self._running.pop()
-        if isinstance(module, _NORMS) and isinstance(output, Tensor):
-            call = _Call(module, output)  # keeps the tensor, so that no id is used twice
-            self.calls.setdefault(module, []).append(call)
-            self._live[id(output)] = call
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        results = [id(x) for x in _tensors(result)]
-        if results:
-            for x in _tensors((args, kwargs)):
-                if call := self._live.get(id(x)):
-                    caller = self._running[-2] if len(self._running) > 1 else self._running[-1]
-                    call.uses.append((getattr(func, "__name__", str(func)), self._running[-1], caller))
-                    if id(x) in results:  # in place: from here on it is the activation's output
-                        del self._live[id(x)]
-        return result
 
 
 @dataclass
@@ -252,10 +138,10 @@ class _Plan:
 
 
 def _replace(
-    model: nn.Module, watch: _Watch, factory: NormActFactory, optimizers: Sequence[Optimizer], report: Report
+    model: nn.Module, watch: Watch, factory: NormActFactory, optimizers: Sequence[Optimizer], report: Report
 ) -> None:
     names = {module: name for name, module in model.named_modules()}
-    plans = {norm: _plan(norm, watch, names) for norm in names if isinstance(norm, _NORMS)}
+    plans = {norm: _plan(norm, watch, names) for norm in names if isinstance(norm, NORMS)}
     pairs = Counter(plan.act for plan in plans.values())
     for norm, plan in plans.items():
         alone = plan.act is not None and watch.act_calls[plan.act] == pairs[plan.act]
@@ -271,7 +157,7 @@ def _replace(
             _put(model, plan.act, nn.Identity(), report)
 
 
-def _plan(norm: nn.Module, watch: _Watch, names: dict[nn.Module, str]) -> _Plan:
+def _plan(norm: nn.Module, watch: Watch, names: dict[nn.Module, str]) -> _Plan:
     name, calls = names[norm], watch.calls.get(norm, [])
     if len(calls) != 1:
         return _Plan(name, skipped="it is used more than once" if calls else "it was not used")
@@ -281,8 +167,8 @@ def _plan(norm: nn.Module, watch: _Watch, names: dict[nn.Module, str]) -> _Plan:
         return _Plan(name, "none" if isinstance(norm.act, nn.Identity) else "inside")
     uses = calls[0].uses
     for function, within, caller in uses:
-        is_module = _is_activation(within)
-        if is_module or function in _FUNCTIONS:
+        is_module = is_activation(within)
+        if is_module or function in FUNCTIONS:
             activation = names.get(within, "?") if is_module else function
             if len(uses) > 1:
                 return _Plan(name, activation, "its output is used beside the activation too")
@@ -291,7 +177,7 @@ def _plan(norm: nn.Module, watch: _Watch, names: dict[nn.Module, str]) -> _Plan:
 
 
 def _without_call(
-    model: nn.Module, norm: nn.Module, plan: _Plan, names: dict[nn.Module, str], watch: _Watch, report: Report
+    model: nn.Module, norm: nn.Module, plan: _Plan, names: dict[nn.Module, str], watch: Watch, report: Report
 ) -> str:
     """Make the code of `plan.owner` leave out the activation behind `norm`; or say why that cannot be."""
     assert plan.owner is not None
@@ -304,61 +190,13 @@ def _without_call(
     if owner._forward_hooks or owner._forward_pre_hooks:
         return f"{because}, and {here} has hooks"
     try:
-        graph = owner.graph if isinstance(owner, fx.GraphModule) else _traced(owner, *watch.given[owner])
-    except (
-        fx.proxy.TraceError,
-        AttributeError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        return f"{because}, and {here} cannot be traced ({' '.join(str(error).split())[:100]})"
-    assert isinstance(graph, fx.Graph)
-    if any("training" in node.kwargs for node in graph.nodes):
-        return f"{because}, and {here} asks whether it is training"
-    own = dict(owner.named_modules())
-    modules = {node: own.get(str(node.target)) for node in graph.nodes if node.op == "call_module"}
-    for node in graph.nodes:
-        function = getattr(node.target, "__name__", node.target)
-        if (modules.get(node) is plan.act) if plan.act is not None else (function == plan.activation):
-            source = node.args[0]
-            while isinstance(modules.get(source), nn.Identity):
-                source = source.args[0]
-            last = modules.get(source)
-            while type(last) is nn.Sequential and len(last):  # a convolution and its norm, say
-                last = last[-1]
-            if last is norm:
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
-                break
-    else:
-        return f"{because}, and its call was not found in the code of {here}"
+        graph = graph_without(owner, norm, plan.activation if plan.act is None else plan.act, watch)
+    except NoGraph as error:
+        return f"{because}, and {here} {error}"
     shallow = fx.GraphModule(owner, graph, type(plan.owner).__name__)
     shallow.train(owner.training)
     _put(model, owner, shallow, report)
     return ""
-
-
-def _traced(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
-    """The code of a module as it runs when called like this: `x is None` is never true of what fx traces with.
-
-    The graph refuses other values of what was no tensor.
-    """
-    bound = inspect.signature(owner.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    fixed = {name: x for name, x in bound.arguments.items() if x is None or isinstance(x, bool | int | float)}
-    graph = _Shallow().trace(owner, concrete_args=fixed)
-    for node in graph.nodes:
-        name = str(node.target).rpartition("_")[0]
-        if node.op == "placeholder" and name in fixed:  # fx numbers them, and callers use the names
-            node.target = name
-    return graph
-
-
-class _Shallow(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
 
 
 def _take_over(norm: nn.Module, layer: nn.Module, optimizers: Sequence[Optimizer], report: Report) -> None:
@@ -407,18 +245,3 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module, report: Report) -> No
             if child is old:
                 parent._modules[key] = new
                 report._undo.append(partial(parent._modules.__setitem__, key, old))
-
-
-def _is_activation(module: nn.Module) -> bool:
-    timms = type(module).__module__.startswith("timm.layers.") and type(module).__name__ in _TIMMS
-    return timms or isinstance(module, _ACTIVATIONS)
-
-
-def _tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, list | tuple):
-        for item in x:
-            yield from _tensors(item)
-    elif isinstance(x, dict):
-        yield from _tensors(list(x.values()))

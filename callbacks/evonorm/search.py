@@ -40,6 +40,7 @@ def search(
         The evolution.
 
     Raises:
+        ValueError: no candidates, or rounds without any.
         TrialsError: the judge failed for each candidate; or see `run_trials`.
     """
     if candidates < 1 or round_size < 1:

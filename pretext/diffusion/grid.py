@@ -36,6 +36,9 @@ def ridge(x: Tensor, y: Tensor, l2: Sequence[float]) -> list[tuple[Tensor, Tenso
         x: (N, D).
         y: (N, C).
         l2: greater than 0.
+
+    Raises:
+        ValueError: a penalty that is not.
     """
     if not l2 or min(l2) <= 0:
         raise ValueError(f"penalties must be greater than 0, got {tuple(l2)}")

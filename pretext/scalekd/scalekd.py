@@ -15,8 +15,10 @@ from leaven.pretext.scalekd.projector import CrossAttentionProjector
 from leaven.pretext.scalekd.tail import Targets, TeacherTail
 from leaven.pretext.scalekd.taps import find_taps, tapped, two_stages
 from leaven.pretext.scalekd.views import Reduction, frequency_view_loss, spatial_view_loss
-from leaven.pretext.supervised import logits_of
+from leaven.pretext.supervised import logits_of, targets_of
 
+# torch's cross-entropy leaves these labels out, and so does its mean.
+_NO_LABEL = -100
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -135,8 +137,9 @@ class ScaleKD(nn.Module):
 
         Args:
             images: (B, C, H, W), normalised for the student.
-            targets: class indices (B,), or soft labels (B, N). Where all weight is on the teacher's logits,
-                kd_weight=1, there need be none: images without labels distil, too.
+            targets: class indices (B,), or soft labels (B, N). An image with index -100 has no label: it distils, and
+                has no part in ce and top1, which are 0 where no image has one. Where all weight is on the teacher's
+                logits, kd_weight=1, there need be no targets.
             teacher: of `CachedTargets`, in place of a pass of the teacher.
 
         Returns:
@@ -144,7 +147,7 @@ class ScaleKD(nn.Module):
 
         Raises:
             ValueError: the student gives no logits, or the teacher's are not of its classes; no targets where the
-                labels have weight.
+                labels have weight, or targets that do not fit the logits.
         """
         logits, (third, fourth) = tapped(self.backbone, self.taps, images)
         if teacher is None:
@@ -154,7 +157,7 @@ class ScaleKD(nn.Module):
         parts |= self._of_features(third, fourth, teacher)
         logs = {name: part.detach() for name, part in parts.items()}
         if targets is not None and targets.ndim == 1:
-            logs["top1"] = (logits.detach().argmax(1) == targets).float().mean()
+            logs["top1"] = (logits.detach().argmax(1) == targets).sum() / _labelled(targets)
         return Output(torch.stack(list(parts.values())).sum(), logs)
 
     def check_image_size(self, height: int, width: int) -> None:
@@ -182,8 +185,12 @@ class ScaleKD(nn.Module):
     def _of_logits(self, logits: Tensor, teachers: Any, targets: Tensor | None) -> dict[str, Tensor]:
         parts = {}
         if targets is not None:
-            smoothing = self.smoothing if targets.ndim == 1 else 0.0
-            ce = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+            targets = targets_of(logits, targets, _NO_LABEL)
+            if targets.ndim == 1:  # a mean would be 0 / 0 where no image has a label
+                how: dict[str, Any] = {"label_smoothing": self.smoothing, "ignore_index": _NO_LABEL}
+                ce = F.cross_entropy(logits, targets, reduction="sum", **how) / _labelled(targets)
+            else:
+                ce = F.cross_entropy(logits, targets)
             parts["ce"] = (1 - self.kd_weight) * ce
         elif self.kd_weight != 1:
             raise ValueError(
@@ -249,6 +256,11 @@ class ScaleKD(nn.Module):
 
 def _pair(value: Any) -> tuple[Any, Any]:
     return (value[0], value[1]) if isinstance(value, tuple) else (value, value)
+
+
+def _labelled(targets: Tensor) -> Tensor:
+    """How many images have a label, at least 1."""
+    return (targets != _NO_LABEL).sum().clamp_min(1)
 
 
 def _heads(width: int) -> int:

@@ -13,7 +13,7 @@ def remove_dc(x: Tensor) -> Tensor:
     """Maps (B, C, H, W) without each channel's mean over positions.
 
     That is the discrete cosine transform with coefficient (0, 0) set to zero, transformed back, as the paper puts its
-    frequency view; the mean is that coefficient. On a 1x1 map nothing is left.
+    frequency view; the mean is that coefficient. On a 1x1 map nothing is left. Source: see `spatial_view_loss`.
     """
     return x - x.mean((2, 3), keepdim=True)
 

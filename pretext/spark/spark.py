@@ -1,15 +1,15 @@
 """SparK as an objective (Tian et al., "Designing BERT for Convolutional Networks", ICLR 2023)."""
 
 import math
+import os
 import warnings
-from collections.abc import Collection, Sequence, Set
-from pathlib import Path
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from leaven.backbones import Stage, classifier_names, create, resolve, save, unused_parameters
+from leaven.backbones import classifier_names, create, resolve, save, unused_parameters
 from leaven.backbones import stages as backbone_stages
 from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, reason_of, untouched
 from leaven.pretext.output import Output
@@ -21,11 +21,14 @@ from leaven.pretext.spark.loss import masked_loss, reconstruction
 from leaven.pretext.spark.masking import sample_mask, visible_count, visible_ids
 from leaven.pretext.spark.packed import check_packed, packed_encode
 from leaven.pretext.spark.spconv_rule import require_spconv
+from leaven.pretext.spark.stage_choice import choose_stages, whole_parts
 from leaven.pretext.spark.swaps import swap, unswap
 
 
 class SparK(nn.Module):
     """Masked modelling with a sparse encoder on any convolutional backbone, and a light decoder.
+
+    Source: Tian et al., Designing BERT for Convolutional Networks, ICLR 2023 (arXiv 2301.03580).
 
     Args:
         backbone: a name for ``leaven.backbones.create``, or your own module; it is not modified.
@@ -46,6 +49,14 @@ class SparK(nn.Module):
         SparseUnsupported: if the backbone has an operation without exact sparse form; one line names it.
         ValueError: if the settings do not fit together.
     """
+
+    # Read by `leaven.callbacks.attach`: callbacks with these slots would meet a sparse map at the first batch.
+    refused_slots: ClassVar[dict[str, str]] = {
+        "first-layer-gradient": "its first layer runs on visible positions only, where no hook sees whole images; "
+        "attach it to the exported backbone, in the training that follows",
+        "norm": "its layers run on visible positions only, and such norms have no exact form there; leave the backbone "
+        "its own, as they are",
+    }
 
     def __init__(
         self,
@@ -113,6 +124,9 @@ class SparK(nn.Module):
         Args:
             images: (B, C, H, W), normalised; sides must be multiples of ``mask_cell``.
             mask: bool (B, fh, fw), True = visible, the same count in every image; drawn by the CPU generator if None.
+
+        Raises:
+            ValueError: images or a mask that do not fit, or a mask that hides nothing.
         """
         mask, geo = self._geometry(images, mask)
         if geo.keep == geo.grid[0] * geo.grid[1]:
@@ -144,9 +158,12 @@ class SparK(nn.Module):
         mask, geo = self._geometry(images, mask)
         return reconstruction(self._decode(images, mask, geo), images, mask)
 
-    def export(self, path: str | Path) -> None:
-        """Write the backbone as safetensors that load strictly into plain timm or torchvision."""
-        save(self.backbone, path, name=self.name, metadata={"method": "SparK"})
+    def export(self, path: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> None:
+        """Write the backbone's weights, which load strictly into plain timm or torchvision.
+
+        Arguments: see `leaven.backbones.save`.
+        """
+        save(self.backbone, path, name=name or self.name, metadata={"method": "SparK", **metadata})
 
     def mask_grid(self, height: int, width: int) -> tuple[int, int]:
         """Cells (fh, fw) of an image of (height, width) pixels.
@@ -249,44 +266,6 @@ class SparK(nn.Module):
         for training in (True, False):
             self.backbone.train(training)
             self._encode(images, mask, Geometry(ids, (1, 2), spconv=self.backend == "spconv"))
-
-
-def choose_stages(found: Sequence[Stage], reductions: Sequence[int] | None) -> tuple[Stage, ...]:
-    """The stages whose reductions are asked for, by default the last four from reduction 4 on.
-
-    Raises:
-        SparseUnsupported: if the backbone's reductions do not double down to pixels.
-        ValueError: if a reduction asked for does not exist.
-    """
-    have = [stage.reduction for stage in found]
-    if reductions is None:
-        chosen = tuple(stage for stage in found if stage.reduction >= 4)[-4:]
-    else:
-        missing = sorted(set(reductions) - set(have))
-        if missing or not reductions:
-            raise ValueError(
-                f"stages={tuple(reductions)}: no map of reduction {missing}; this backbone has {have}"
-            )
-        chosen = tuple(stage for stage in found if stage.reduction in set(reductions))
-    if not chosen or any(stage.reduction & (stage.reduction - 1) for stage in chosen):
-        raise SparseUnsupported(
-            f"SparK needs feature maps whose reductions are powers of two from 4 on; this backbone has {have}: "
-            "choose another"
-        )
-    return chosen
-
-
-def whole_parts(names: Set[str], parameters: Collection[str]) -> list[str]:
-    """The shortest module paths below which every parameter is one of `names`; in the order of the network."""
-    parts: dict[str, None] = {}
-    for name in parameters:
-        words = name.split(".")
-        prefixes = (".".join(words[:depth]) for depth in range(1, len(words) + 1))
-        for prefix in prefixes if name in names else ():
-            if all(other in names for other in parameters if f"{other}.".startswith(f"{prefix}.")):
-                parts[prefix] = None
-                break
-    return list(parts)
 
 
 def _in_chans(backbone: nn.Module) -> int:

@@ -77,6 +77,20 @@ def test_the_plot(tmp_path: Path) -> None:
     assert (tmp_path / "reliability.png").read_bytes()[1:4] == b"PNG"
 
 
+def test_arrays_and_lists_give_the_same_scores() -> None:
+    probs, labels = forecasts(50)
+    probs = probs.double()
+    for other in ((probs.numpy(), labels.numpy().astype("uint8")), (probs.tolist(), labels.tolist())):
+        assert str(calibration(*other)) == str(calibration(probs, labels))
+        assert (nll(*other), brier(*other)) == (nll(probs, labels), brier(probs, labels))
+    inside, outside = probs.max(1).values[:20], probs.max(1).values[20:]
+    for known, strange in ((inside.numpy(), outside.numpy()), (inside.tolist(), outside.tolist())):
+        assert auroc(known, strange) == auroc(inside, outside)
+    for wrong in ((probs, inside), ([], inside), (inside * math.nan, outside)):
+        with pytest.raises(ValueError, match=r"scores \(N,\) and \(M,\) are needed|NaN or infinity"):
+            auroc(*wrong)
+
+
 def test_wrong_input() -> None:
     probs, labels = forecasts(10)
     for a, b, message in (

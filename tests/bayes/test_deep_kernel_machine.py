@@ -488,8 +488,8 @@ def test_inducing_points_are_of_the_data() -> None:
     ("how", "message"),
     [
         ({"depth": 0}, "must be at least 1"),
-        ({"nu": 0.0}, "nu must be one number greater than 0, or at depth 2 a sequence of 1, got 0.0"),
-        ({"nu": (1.0, 1.0)}, r"or at depth 2 a sequence of 1, got \(1.0, 1.0\)"),
+        ({"nu": 0.0}, "nu must be one number greater than 0"),
+        ({"nu": (1.0, 1.0)}, r"or a sequence of depth - 1 = 1 of them, got \(1.0, 1.0\)"),
         ({"kernel": "matern"}, "kernel must be one of linear, arccos"),
         ({"likelihood": "poisson"}, "no likelihood 'poisson'"),
         ({"skr": 0.5}, "skr must be at least 1"),
@@ -500,17 +500,33 @@ def test_wrong_arguments(how: dict[str, Any], message: str) -> None:
         DeepKernelMachine(3, 1, **how)
 
 
+def test_fit_takes_arrays_and_lists_too() -> None:
+    x, y = randn(6, 3).float(), torch.tensor([0, 1, 2, 0, 1, 2], dtype=torch.int32)
+    made = [
+        fit(DeepKernelMachine(3, 3, n_inducing=4, likelihood="categorical"), *data, steps=2)  # type: ignore[arg-type]
+        for data in ((x, y), (x.numpy(), y.numpy()), (x.tolist(), y.tolist()))
+    ]
+    for other in made[1:]:
+        assert torch.equal(made[0].mean, other.mean)
+
+
 def test_wrong_targets() -> None:
     made = machine(randn(5, 3), 2)
     with pytest.raises(ValueError, match=r"targets \(4, 3\) for outputs \(4, 2\)"):
         made.loss(randn(4, 3), randn(4, 3), 4)
     classes = machine(randn(5, 3), 2, likelihood="categorical")
-    with pytest.raises(ValueError, match="class indices"):
+    with pytest.raises(
+        ValueError, match=r"class indices \(4,\) of an integer type .* \(4, 2\) of torch.float64"
+    ):
         classes.loss(randn(4, 3), randn(4, 2), 4)
-    with pytest.raises(ValueError, match=r"must be whole numbers, not torch.float64: call \.long\(\)"):
-        fit(classes, randn(4, 3), torch.zeros(4, dtype=torch.float64), steps=1)
-    with pytest.raises(ValueError, match=r'outputs \(4, 2\); of classes .* with likelihood="categorical"'):
-        fit(made, randn(4, 3), torch.zeros(4).long(), steps=1)
+    for labels in ([0, 1, 2, 1], [0, 1, -1, 1]):
+        with pytest.raises(ValueError, match=r"class indices must be from 0 to 1, got (0 to 2|-1 to 1)"):
+            classes.loss(randn(4, 3), torch.tensor(labels), 4)
+    line = r"targets \(4,\) for outputs \(4, 2\); of class indices the likelihood is \"categorical\""
+    with pytest.raises(ValueError, match=line):
+        fit(DeepKernelMachine(3, 2, n_inducing=2), randn(4, 3), torch.tensor([0, 1, 0, 1]), steps=1)
+    with pytest.raises(ValueError, match="a NaN or an infinity in the targets"):
+        fit(DeepKernelMachine(3, 1, n_inducing=2), randn(4, 3), torch.full((4,), math.nan), steps=1)
     with pytest.raises(ValueError, match=r"targets \(4,\) for outputs \(4, 2\)"):
         made(randn(4, 3)).log_prob(randn(4))
     with pytest.raises(ValueError, match=r"inputs \(B, 3\) are needed, not \(5, 2, 3\)"):

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,19 @@ def test_wrong_arguments() -> None:
         DKMHead("test_resnet", 3, n_data=0)
     with pytest.raises(ValueError, match="kernel must be one of"):
         DKMHead("test_resnet", 3, n_data=4, kernel="cosine")
+    x, y = images()
+    few = DKMHead("test_resnet", 3, n_data=23, n_inducing=8, image_size=32)
+    few.init_inducing(x)
+    with pytest.warns(
+        UserWarning, match="DKMHead trains on a batch of 24 images with n_data=23: n_data is the"
+    ):
+        few(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        few(x[:23], y[:23])
+        few.eval()(x, y)
+    with pytest.raises(ValueError, match=r"class indices \(24,\) of an integer type .* torch.float32"):
+        few(x, y.float())
     made = DKMHead("test_resnet", 3, n_data=4, n_inducing=64)
     with pytest.raises(ValueError, match="64 inducing points of 24 different ones"):
         made.init_inducing(images()[0])

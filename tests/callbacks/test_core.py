@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -86,8 +86,10 @@ def test_progress_is_a_fraction_that_stops_at_one() -> None:
     assert progress.fraction == 0.75
     progress.step = 9
     assert progress.fraction == 1
-    with pytest.raises(ValueError, match="at least 1, not 0"):
-        Progress(0)
+    for wrong in (0, None, "9", 1.5):
+        with pytest.raises(ValueError, match=f"at least 1, not {wrong!r}"):
+            Progress(wrong)  # type: ignore[arg-type]
+    assert repr(Progress(4.0)) == "Progress(0/4)"  # type: ignore[arg-type]
 
 
 def test_every_plain_step_counts_once() -> None:
@@ -328,6 +330,41 @@ def test_two_claims_on_a_slot_raise_and_name_both() -> None:
     model, optimizer = pair()
     with pytest.raises(AttachError, match=r"ScaleInput and InvertInput both claim the slot 'input'"):
         attach(model, optimizer, ScaleInput(), CentreGradient(), InvertInput(), total_steps=9)
+    assert hook_count(model, optimizer) == 0
+
+
+def test_an_objective_refuses_a_slot_in_one_line() -> None:
+    class Sparse(Objective):
+        refused_slots: ClassVar = {"first-layer-gradient": "its first layer sees no images; use it elsewhere"}
+
+    objective = Sparse()
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    line = "^cannot attach CentreGradient to Sparse: its first layer sees no images; use it elsewhere$"
+    for whole in (objective, torch.nn.ModuleDict({"inner": objective})):
+        with pytest.raises(AttachError, match=line):
+            attach(whole, optimizer, ScaleInput(), CentreGradient(), total_steps=9)
+    assert hook_count(objective, optimizer) == 0
+    attach(objective, optimizer, ScaleInput(), total_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda m, o: attach(m, o, ScaleInput, total_steps=9), r"callbacks, not their classes: ScaleInput\("),
+        (lambda m, o: attach(m, o, [ScaleInput()], total_steps=9), "one by one, not a list"),
+        (lambda m, o: attach(m, o, None, total_steps=9), "a NoneType is no callback"),
+        (lambda m, o: attach(m, o, m, total_steps=9), "a TinyNet is no callback"),
+        (lambda m, o: attach(ScaleInput(), m, total_steps=9), "the first is a module, not a ScaleInput"),
+        (lambda m, o: attach(ScaleInput, m, total_steps=9), "the first is a module, not the class ScaleInput"),
+        (lambda m, o: attach(o, m, ScaleInput(), total_steps=9), "the first is a module, not a SGD"),
+        (lambda m, o: attach(m, ScaleInput(), total_steps=9), "the second is .* or None .*, not a ScaleInput"),
+        (lambda m, o: attach(m, m, ScaleInput(), total_steps=9), "the second is .*, not a TinyNet"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_told_in_one_line(call: Any, line: str) -> None:
+    model, optimizer = pair()
+    with pytest.raises(TypeError, match=line):
+        call(model, optimizer)
     assert hook_count(model, optimizer) == 0
 
 
@@ -742,6 +779,20 @@ def test_state_of_other_callbacks_is_refused_in_one_line_and_changes_nothing() -
         more.load_state_dict(state)
     assert (fewer.progress.step, more.progress.step) == (0, 0)
     assert more.logs() == {"a": 5.0, "b": 5.0, "c": 5.0}
+
+
+def test_what_is_no_state_is_refused_in_one_line() -> None:
+    model, optimizer = pair()
+    attached = attach(model, optimizer, Keeps("a", 5), total_steps=9)
+    state = attached.state_dict()
+    for wrong in ({}, model.state_dict(), state | {"progress": {"step": 3}}, state | {"callbacks": None}):
+        with pytest.raises(
+            ValueError, match=r"^this is no state of attached callbacks.*attached.state_dict\(\)"
+        ):
+            attached.load_state_dict(wrong)
+    with pytest.raises(ValueError, match=r"^the checkpoint's state of a has no 'value'$"):
+        attached.load_state_dict(state | {"callbacks": {"a": {}}})
+    assert attached.progress.step == 0
 
 
 def test_progress_is_restored_before_the_callbacks() -> None:

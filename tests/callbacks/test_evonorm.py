@@ -449,6 +449,26 @@ def test_a_network_that_does_not_run_is_left_alone() -> None:
     assert torch.equal(net(x), expected)
 
 
+class KeywordNet(TinyNet):
+    """Takes its images by name alone."""
+
+    def forward(self, *, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(pixel_values)
+
+
+def test_a_network_that_takes_keywords_alone_gets_an_example_of_them() -> None:
+    net, x = KeywordNet(), torch.randn(2, 3, 8, 8)
+    for example in (None, x):
+        with pytest.raises(
+            AttachError, match=r"KeywordNet at work.*1 positional.*dict of its keyword arguments"
+        ):
+            attach(net, None, EvoNorm(example=example), total_steps=1)
+    callback = EvoNorm(example={"pixel_values": x})
+    attach(net, None, callback, total_steps=1)
+    assert [site.activation for site in callback.report.replaced] == ["act"]
+    assert net(pixel_values=x).shape == (2, 3)
+
+
 # --- the callback -----------------------------------------------------------------------------------------------------
 
 

@@ -576,6 +576,7 @@ def test_the_front() -> None:
         (lambda: evolution(population=1), "population must be at least 2"),
         (lambda: evolution(tournament=0.0), r"tournament in \(0, 1\]"),
         (lambda: evolution(winner="best"), 'winner must be "pareto" or "average"'),
+        (lambda: evolution(winner="nsga2"), "NSGA-II is the class leaven.callbacks.evonorm.NSGA2"),
         (lambda: search(evolution(), score, 0), "candidates and round_size must be at least 1"),
     ],
 )

@@ -571,6 +571,27 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_left() -> None:
         assert not any(p._backward_hooks for p in network.parameters())
 
 
+def test_a_network_that_takes_keywords_alone_is_named_and_works_by_the_layers_name() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3)
+
+        def forward(self, *, pixel_values: Tensor) -> Tensor:
+            return self.stem(input=pixel_values).mean((2, 3))
+
+    net = Keywords()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(AttachError, match=r"first layer of Keywords.*1 positional.*name it"):
+        attach(net, optimizer, TrAct(), total_steps=1)
+    x = torch.randn(4, 3, 8, 8)
+    (plain,) = torch.autograd.grad(net(pixel_values=x).square().sum(), [net.stem.weight])
+    total, count = patch_second_moment(x, net.stem)
+    with attach(net, optimizer, TrAct(layers=["stem"]), total_steps=1):
+        net(pixel_values=x).square().sum().backward()
+    torch.testing.assert_close(net.stem.weight.grad, tract_gradient(plain, total / count, 0.1))
+
+
 def test_wrong_arguments_are_named() -> None:
     for lam in (0.0, -1.0, float("nan")):
         for call in (lambda lam=lam: TrAct(lam), lambda lam=lam: tract(nn.Linear(2, 2), lam)):

@@ -1,5 +1,6 @@
 """EfficientTrain as a callback; what every callback must do is checked in tests/callbacks/test_table.py."""
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -87,6 +88,42 @@ def test_evaluation_sees_whole_images_and_small_ones_pass() -> None:
             ValueError, match=r"built for images of 16x16 and got 20x20: give it image_size=\(20, 20\)"
         ):
             model(torch.randn(2, 3, 20, 20))
+
+
+def test_what_is_logged_is_what_the_update_saw() -> None:
+    model, images = Net(), torch.randn(2, 3, 16, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    curriculum = EfficientTrain(SCHEDULE, image_size=16)
+    with attach(model, optimizer, curriculum, total_steps=8) as attached:
+        logged = []
+        for _ in range(8):
+            model.eval()
+            model(images)  # a validation that forgot no_grad
+            model.train()
+            train(model, optimizer, images)
+            logged.append(attached.logs()["size"])
+            assert logged[-1] == model.seen[-1].shape[-2]
+    assert logged == [8, 8, 8, 8, 12, 12, 16, 16]
+
+
+def test_training_in_eval_mode_is_told_and_not_logged_as_small() -> None:
+    model, images = Net().eval(), torch.randn(2, 3, 16, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attach(model, optimizer, EfficientTrain(SCHEDULE, image_size=16), total_steps=8) as attached:
+        with pytest.warns(
+            NoEffectWarning, match="left images of 16x16 as they are at 8x8, .* call model.train"
+        ):
+            train(model, optimizer, images)
+        assert attached.logs() == {"size": 16.0}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(model, optimizer, images)  # said once
+            train(model, optimizer, torch.randn(2, 3, 8, 8))
+        assert attached.logs() == {"size": 8.0}
+    again = EfficientTrain(SCHEDULE, image_size=16)
+    with attach(model, optimizer, again, total_steps=8), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, torch.randn(2, 3, 8, 8))  # shrunk by the loader
 
 
 @pytest.mark.parametrize(

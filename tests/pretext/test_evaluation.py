@@ -312,6 +312,14 @@ def test_digits_are_nearly_solved_by_their_pixels() -> None:
 
 
 @pytest.mark.parametrize("judge", [knn, linear_probe])
+def test_arrays_and_lists_are_as_good_as_tensors(judge) -> None:
+    x, y = blobs(30)
+    expected = judge(x, y, x, y)
+    assert judge(x.numpy(), y.numpy(), x.numpy(), y.numpy()) == expected
+    assert judge(x.tolist(), y.tolist(), x.tolist(), y.tolist()) == expected
+
+
+@pytest.mark.parametrize("judge", [knn, linear_probe])
 def test_bad_input_is_refused(judge) -> None:
     x, y = blobs(30)
     for arguments, message in [
@@ -321,7 +329,7 @@ def test_bad_input_is_refused(judge) -> None:
         ((x, y, x[:, :3], y), "train features have 16 dimensions, test features 3"),
         ((x.log(), y, x, y), "train features contain NaN or infinity"),
         ((x, y, x, y - 1), "test labels must be class indices from 0"),
-        ((x, y.float(), x, y), "train labels must be class indices"),
+        ((x, y.float(), x, y), "train labels must be class indices of an integer type, not torch.float32"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             judge(*arguments)

@@ -146,6 +146,36 @@ def test_images_without_labels_distil() -> None:
         objective()(x)
 
 
+def test_images_marked_without_a_label_distil_beside_the_others() -> None:
+    x, y = batch()
+    marked = torch.tensor([0, -100, 2, -100])
+    distil = objective(smoothing=0.1).eval()
+    output, logits = distil(x, marked), distil.backbone(x).detach()
+    ce = 0.5 * F.cross_entropy(logits, marked, label_smoothing=0.1)
+    torch.testing.assert_close(output.logs["ce"], ce)
+    assert output.logs["top1"] == (logits.argmax(1) == marked)[[0, 2]].float().mean()
+    torch.testing.assert_close(output.logs["kd"], distil(x, y).logs["kd"])
+    none = distil(x, torch.full((4,), -100))
+    assert none.logs["ce"] == none.logs["top1"] == 0
+    none.loss.backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in distil.parameters())
+
+
+@pytest.mark.parametrize(
+    ("targets", "line"),
+    [
+        (torch.tensor([0, -1, 2, 3]), "class indices must be from 0 to 4, or -100 for images without a label, not -1"),
+        (torch.tensor([0, 5, 2, 3]), "class indices must be from 0 to 4, .*, not 5"),
+        (torch.zeros(4), r"class indices \(4,\) of an integer type or soft labels \(4, 5\) .* torch.float32"),
+        (torch.zeros(3).long(), r"class indices \(4,\) .*, not \(3,\)"),
+        (torch.zeros(4, 6), r"soft labels \(4, 6\) for logits \(4, 5\)"),
+    ],
+)  # fmt: skip
+def test_targets_that_do_not_fit_are_one_line(targets: Tensor, line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{line}"):
+        objective()(batch()[0], targets)
+
+
 def test_the_gradient_of_the_logits_is_that_of_the_divergence() -> None:
     x, y = batch()
     distil = objective(kd_weight=1.0, alpha_spatial=0.0, alpha_freq=0.0).eval()

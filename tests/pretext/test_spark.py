@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from leaven.callbacks import AttachError, EvoNorm, TrAct, attach
+from leaven.pretext import Auxiliary, RotNet
 from leaven.pretext.spark import SparK, SparseUnsupported, UntrainedWarning, sample_mask
 from leaven.pretext.spark.decoder import LightDecoder
 
@@ -70,6 +73,18 @@ def test_encoder_widths_that_fit_need_no_projection() -> None:
 )
 def test_densify_norm_follows_the_backbone(net: str, norm: type[nn.Module]) -> None:
     assert all(type(densify.norm) is norm for densify in SparK(net, decoder_width=64).densify)
+
+
+@pytest.mark.parametrize("backend", ["packed", "dense"])
+def test_tract_and_evonorm_are_refused_when_attached_and_not_at_the_first_batch(backend: Any) -> None:
+    spark = SparK("resnet18", decoder_width=64, stages=(4, 8), backend=backend)
+    optimizer = torch.optim.SGD(spark.parameters(), lr=0.1)
+    keys = spark.state_dict().keys()
+    for callback, advice in ((TrAct(), "the exported backbone"), (EvoNorm(), "leave the backbone its own")):
+        with pytest.raises(AttachError, match=f"^cannot attach {callback.name} to SparK: .*{advice}"):
+            attach(spark, optimizer, callback, total_steps=9)
+    assert spark.state_dict().keys() == keys
+    spark(_images()).loss.backward()
 
 
 def test_a_few_steps_learn_a_repeated_pattern() -> None:
@@ -364,6 +379,11 @@ def test_a_module_without_a_name_is_exported_without_one(tmp_path: Path) -> None
 
     net = resnet18(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 16, 2, 2))
     spark = SparK(net, decoder_width=32)
+    Auxiliary(spark, RotNet(net)).export(
+        tmp_path / "own.safetensors", epochs=3
+    )  # as all objectives take notes
+    with safe_open(tmp_path / "own.safetensors", "pt") as file:
+        assert file.metadata().items() >= {"method": "SparK", "epochs": "3"}.items()
     spark.export(tmp_path / "own.safetensors")
     with safe_open(tmp_path / "own.safetensors", "pt") as file:
         assert "backbone" not in file.metadata()

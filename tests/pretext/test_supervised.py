@@ -63,6 +63,17 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
         Supervised(Logits())(torch.zeros(2, 3, 4, 4), torch.zeros(2).long())
     with pytest.raises(ValueError, match=r"soft labels \(9, 6\) for logits \(9, 7\)"):
         Supervised(Logits())(LOGITS, torch.zeros(9, 6))
+    for label in (-1, 7, -100):
+        with pytest.raises(ValueError, match=f"^class indices must be from 0 to 6, not {label}$"):
+            Supervised(Logits())(LOGITS, LABELS.where(LABELS != 3, label))
+    for wrong in (LABELS.double(), LABELS[:8], LABELS.view(1, 3, 3)):
+        with pytest.raises(
+            ValueError, match=r"^class indices \(9,\) of an integer type or soft labels \(9, 7\)"
+        ):
+            Supervised(Logits())(LOGITS, wrong)
+    assert torch.equal(
+        Supervised(Logits())(LOGITS, LABELS.byte()).loss, Supervised(Logits())(LOGITS, LABELS).loss
+    )
     googlenet = torchvision.models.googlenet(weights=None, num_classes=7, init_weights=False)
     with pytest.raises(
         ValueError, match=r"GoogLeNet must return logits .* not GoogLeNetOutputs: .* aux_logits=False"
