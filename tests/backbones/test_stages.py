@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import nn
 
 from leaven.backbones import NoStages, create, features, stages, unused_parameters
@@ -76,6 +77,8 @@ FAMILIES = [
 
 @pytest.mark.parametrize(("name", "size"), FAMILIES)
 def test_timm_maps_are_those_of_features_only(name: str, size: int) -> None:
+    if name in ("hrnet_w18_small", "legacy_xception") and Version(timm.__version__) < Version("1.0.31"):
+        pytest.skip("older timm's features_only gives other maps of this network")
     compare_with_features_only(name, size)
 
 
@@ -650,6 +653,10 @@ def test_compiles_without_a_graph_break(name: str) -> None:
         assert p.grad is q.grad is None or torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"),
+    reason="a compiled call leaves modules that take no hooks there",
+)
 def test_compiling_in_train_and_eval_mode_and_again_after_an_eager_call() -> None:
     torch._dynamo.reset()
     model = create("tv:resnet18")

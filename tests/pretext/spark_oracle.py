@@ -76,6 +76,8 @@ def randomise(model: nn.Module, images: Tensor) -> nn.Module:
     momenta = [norm.momentum for norm in norms]
     with torch.no_grad():
         for parameter in model.parameters():
+            if parameter.numel() == 0:  # a classifier of no classes, in older timm
+                continue
             if parameter.dim() <= 1 or parameter.max() == parameter.min():
                 parameter.copy_(torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5)
         for norm in norms:
