@@ -654,7 +654,7 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 
 @pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.13"),
+    Version(torch.__version__) < Version("2.14"),
     reason="a compiled call leaves modules that take no hooks there",
 )
 def test_compiling_in_train_and_eval_mode_and_again_after_an_eager_call() -> None:
