@@ -81,10 +81,10 @@ def calibration(probs: Values, labels: Values, bins: int = 15) -> Calibration:
     Raises:
         ValueError: shapes that do not fit, or rows that are no probabilities.
     """
-    probs, labels = _checked(probs, labels)
     ece, found = expected_calibration_error(probs, labels, bins)
-    right = (probs.argmax(1) == labels).double().mean()
-    return Calibration(float(right), nll(probs, labels), brier(probs, labels), ece, found, len(labels))
+    checked, classes = _checked(probs, labels)
+    right = (checked.argmax(1) == classes).double().mean()
+    return Calibration(float(right), nll(probs, labels), brier(probs, labels), ece, found, len(classes))
 
 
 def nll(probs: Values, labels: Values) -> float:

@@ -119,7 +119,9 @@ def _randomise(net: nn.Module, generator: torch.Generator, offset: float) -> Non
     for norm in norms:
         norm.momentum = 1.0
     for name, parameter in net.named_parameters():
-        if parameter.is_floating_point() and (parameter.dim() <= 1 or parameter.max() == parameter.min()):
+        if not parameter.is_floating_point() or parameter.numel() == 0:  # older timm: a classifier of no classes
+            continue
+        if parameter.dim() <= 1 or parameter.max() == parameter.min():
             values = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5
             parameter.copy_(values * offset if name.endswith("bias") else values)
 

@@ -85,7 +85,10 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, rows: Tensor, total: int, fill: float) -> Tensor:
         ctx.save_for_backward(rows)
-        return values.new_full((total, values.shape[1]), fill).index_copy_(0, rows, values)
+        dense = values.new_full((total, values.shape[1]), fill)
+        if torch.compiler.is_compiling():  # in place, torch.compile 2.11 loses the gradient
+            return dense.index_copy(0, rows, values)
+        return dense.index_copy_(0, rows, values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
