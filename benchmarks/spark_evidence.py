@@ -109,13 +109,21 @@ def untrained(net: str, more: int) -> list[Run]:
 
 
 def exploration() -> list[list[Run]]:
-    """Longer pre-training of both networks; other ratios, cells and widths of the first; and their alternatives."""
+    """Longer pre-training of both networks; other ratios, cells and widths of the first; and their alternatives.
+
+    And the learning rates of the second, which differ most between its arms, at all of the labels too.
+    """
     chains = [judged("width128-long", net) for net in NETS]
     chains += [
         judged("width128", NETS[1]),
         *(judged(variant) for variant in EXPLORED if "long" not in variant),
     ]
     chains += [untrained(net, more) for net in NETS for more in (0, 40, 160)]
+    start = pretrain("photos", NETS[1], TUNE, "width128", SPLIT)
+    chains += [
+        [finetune("photos", NETS[1], "100%", TUNE, lr, first, split=SPLIT) for lr in RATES]
+        for first in (start, None)
+    ]
     return chains
 
 
