@@ -114,16 +114,13 @@ def exploration() -> list[list[Run]]:
     And the learning rates of the second, which differ most between its arms, at all of the labels too.
     """
     chains = [judged("width128-long", net) for net in NETS]
-    chains += [
-        judged("width128", NETS[1]),
-        *(judged(variant) for variant in EXPLORED if "long" not in variant),
-    ]
-    chains += [untrained(net, more) for net in NETS for more in (0, 40, 160)]
+    chains += [judged(variant) for variant in EXPLORED if "long" not in variant]
+    chains += [untrained(net, more) for net in NETS for more in (40, 160)]
     start = pretrain("photos", NETS[1], TUNE, "width128", SPLIT)
-    chains += [
-        [finetune("photos", NETS[1], "100%", TUNE, lr, first, split=SPLIT) for lr in RATES]
-        for first in (start, None)
-    ]
+    for known, first in ((judged("width128", NETS[1]), start), (untrained(NETS[1], 0), None)):
+        more = [finetune("photos", NETS[1], "100%", TUNE, lr, first, split=SPLIT) for lr in RATES]
+        chains.append(list(dict.fromkeys([*known, *more])))
+    chains.append(untrained(NETS[0], 0))
     return chains
 
 
