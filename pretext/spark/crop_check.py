@@ -119,7 +119,8 @@ def _randomise(net: nn.Module, generator: torch.Generator, offset: float) -> Non
     for norm in norms:
         norm.momentum = 1.0
     for name, parameter in net.named_parameters():
-        if not parameter.is_floating_point() or parameter.numel() == 0:  # older timm: a classifier of no classes
+        # Older timm: a classifier of no classes.
+        if not parameter.is_floating_point() or parameter.numel() == 0:
             continue
         if parameter.dim() <= 1 or parameter.max() == parameter.min():
             values = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5
