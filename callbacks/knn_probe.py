@@ -109,7 +109,12 @@ class KNNProbe(Callback):
 
 def _pair(data: Any, part: str) -> tuple[Any, Tensor | None]:
     """Images and labels, or a loader and None."""
-    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
+    # A list of two may be two batches.
+    if (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and (isinstance(data, tuple) or isinstance(data[1], Tensor))
+    ):
         return data[0], data[1]
     if isinstance(data, Tensor | tuple) or not isinstance(data, Iterable):
         raise TypeError(

@@ -90,6 +90,9 @@ def test_loaders_give_their_labels_too_and_may_shuffle() -> None:
     probe = KNNProbe(train, test, every=1, k=5, temperature=0.1, recalibrate=False)
     probe.setup(model, (), Progress(9))
     assert probe.measure() == by_hand(model, k=5, temperature=0.1)
+    as_lists = KNNProbe((TRAIN[0], TRAIN[1].tolist()), list(TEST), every=1, k=5, temperature=0.1)  # type: ignore[arg-type]
+    as_lists.setup(model, (), Progress(9))
+    assert as_lists.measure() == probe.measure()
     for odd in (TRAIN[0], 3, (TRAIN[0], 3, 4)):
         with pytest.raises(
             TypeError, match=r"KNNProbe: train must be \(images, labels\), or a loader of batches"
