@@ -39,6 +39,7 @@ from leaven.callbacks.checks import (
     check_surgery,
 )
 from leaven.callbacks.hooks import Hook, Switch, watch
+from leaven.callbacks.stepping import Unstepped, report_untrained
 from leaven.callbacks.wrappers import AttachError, unwrap_model, unwrap_optimizers
 
 __all__ = [
@@ -103,7 +104,7 @@ class Attached:
         check_arguments(model, optimizer, callbacks)
         self.callbacks = tuple(sorted(callbacks, key=lambda callback: callback.order))
         self.progress = Progress(total_steps)
-        others = _ATTACHED.get(unwrap_model(model), ())
+        others = list(_ATTACHED.get(unwrap_model(model), ()))
         check_claims(self.callbacks)
         check_elsewhere(model, self.callbacks, [each for other in others for each in other.callbacks])
         check_obstacles(model, self.callbacks)
@@ -124,23 +125,35 @@ class Attached:
         with ExitStack() as undo:  # in reverse order, also when a setup raises half-way
             undo.callback(self._switch.turn_off_for_good)
             undo.callback(_ATTACHED[whole].discard, self)
-            for callback in self.callbacks:
-                for handle in callback.setup(parts[callback.binds], self._optimizers, self.progress):
-                    undo.callback(handle.remove)
-                    if hook := watch(handle, whole, self._switch, callback.name):
-                        self._hooks.append(hook)
+            with ExitStack() as silent:  # a pass that a setup makes to look at the model is nobody's training
+                for switch in (self._switch, *(other._switch for other in others)):
+                    silent.enter_context(switch.off())
+                for callback in self.callbacks:
+                    for handle in callback.setup(parts[callback.binds], self._optimizers, self.progress):
+                        undo.callback(handle.remove)
+                        if hook := watch(handle, whole, self._switch, callback.name):
+                            self._hooks.append(hook)
             for each in self._optimizers:
                 undo.callback(each.register_step_post_hook(self._after_step).remove)
+            if self.callbacks:
+                report_untrained(whole, self._optimizers, self._hooks)
+            self._unstepped = Unstepped(whole, self._optimizers, self.callbacks)
+            undo.callback(self._unstepped.remove)
             self._undo = undo.pop_all()
 
     def remove(self) -> None:
         """Take everything off again, last come first; the callbacks keep their results."""
-        self._undo.close()
+        try:
+            self._unstepped.report()
+        finally:  # also where warnings are errors
+            self._undo.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None:
+            self._unstepped.remove()  # which is cause enough for no update
         self.remove()
 
     @contextmanager
@@ -219,6 +232,7 @@ class Attached:
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         self._optimizers_report = True
+        self._unstepped.remove()
         # GradScaler calls a fused optimizer's step even when it found infinities: the kernel skips.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
@@ -237,6 +251,7 @@ class Attached:
             )
 
     def _count(self) -> None:
+        self._unstepped.remove()
         self._round = [0] * len(self._optimizers)
         self.progress.step += 1
         if self.progress.step == self.progress.total_steps + 1:
@@ -272,14 +287,14 @@ class Attached:
 
     def _report_silent_hooks(self) -> None:
         for name in dict.fromkeys(hook.owner for hook in self._hooks if not hook.fired):
-            silent = ", ".join(
-                getattr(hook.function, "__name__", repr(hook.function))
-                for hook in self._hooks
-                if hook.owner == name and not hook.fired
-            )
+            own = [hook for hook in self._hooks if hook.owner == name]
+            silent = [hook for hook in own if not hook.fired]
+            names = ", ".join(getattr(hook.function, "__name__", repr(hook.function)) for hook in silent)
+            what = "none of its hooks ran" if len(silent) == len(own) else f"its hook {names} never ran"
             warnings.warn(
-                f"{name} has no effect: {_SILENT_UPDATES} updates passed and its hook {silent} never fired; "
-                "call model(...) itself, not model.forward or forward_features",
+                f"{name} has no effect: {_SILENT_UPDATES} updates passed and {what}. Call model(...) itself, not "
+                "model.forward or forward_features; attach again after a layer is replaced or unfrozen; attach before "
+                "the first call of a compiled model, or call torch.compiler.reset() first",
                 NoEffectWarning,
                 stacklevel=2,
             )

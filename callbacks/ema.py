@@ -64,6 +64,11 @@ class EMA(Callback):
         return ()
 
     def update(self) -> None:
+        if _shapes(self.module) != _shapes(self._model):  # timm pairs parameters by their order
+            raise RuntimeError(
+                f"{self.name} cannot go on averaging {type(self._model).__name__}, whose parameters are not those "
+                "that it was attached to (was its head replaced?): remove it, and attach again after the change"
+            )
         here, there = _device(self.module), _device(self._model)
         if self.device is None and here != there:  # the model was moved after attach, by accelerator.prepare
             self._ema = self._average_of(self.module.to(there))
@@ -122,6 +127,10 @@ def _plain_state(module: nn.Module) -> dict[str, Tensor]:
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     for key, value in target.items():
         value.copy_(source[key])
+
+
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in module.parameters()]
 
 
 def _device(module: nn.Module) -> torch.device:

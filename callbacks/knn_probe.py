@@ -2,9 +2,10 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,8 +21,9 @@ class KNNProbe(Callback):
     with fewer updates than `every` is not measured, and a `NoEffectWarning` says so.
 
     Args:
-        train: images (N, C, H, W) or a loader of batches, and labels (N,) in the same order: the bank to search.
-        test: images and labels to classify.
+        train: images (N, C, H, W) or a loader of batches, and labels (N,) in the same order; or a loader alone, of
+            batches (images, labels): the bank to search.
+        test: images and labels to classify, in the same ways.
         every: updates between two measurements.
         k: neighbours that vote.
         temperature: of the votes, in units of cosine similarity.
@@ -33,6 +35,7 @@ class KNNProbe(Callback):
         history: pairs (update, accuracy in [0, 1]), oldest first.
 
     Raises:
+        TypeError: neither images and labels nor a loader.
         ValueError: no number of updates, images and labels that differ in number, or more neighbours than images.
     """
 
@@ -42,8 +45,8 @@ class KNNProbe(Callback):
 
     def __init__(
         self,
-        train: tuple[Tensor | Iterable[Any], Tensor],
-        test: tuple[Tensor | Iterable[Any], Tensor],
+        train: tuple[Tensor | Iterable[Any], Tensor] | Iterable[Any],
+        test: tuple[Tensor | Iterable[Any], Tensor] | Iterable[Any],
         every: int,
         k: int = 20,
         temperature: float = 0.07,
@@ -52,12 +55,13 @@ class KNNProbe(Callback):
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be a number of updates, at least 1, not {every}")
-        for part, (images, labels) in (("train", train), ("test", test)):
-            if isinstance(images, Tensor) and len(images) != len(labels):
+        self.train, self.test = _pair(train, "train"), _pair(test, "test")
+        for part, (images, labels) in (("train", self.train), ("test", self.test)):
+            if isinstance(images, Tensor) and labels is not None and len(images) != len(labels):
                 raise ValueError(f"{part}: {len(images)} images, but {len(labels)} labels")
-        if k > len(train[1]):
-            raise ValueError(f"k={k} neighbours of {len(train[1])} images: lower k")
-        self.train, self.test = train, test
+        bank = self.train[1]
+        if bank is not None and k > len(bank):
+            raise ValueError(f"k={k} neighbours of {len(bank)} images: lower k")
         self.every, self.k, self.temperature = every, k, temperature
         self.recalibrate, self.name = recalibrate, name
         self.history: list[tuple[int, float]] = []
@@ -81,14 +85,14 @@ class KNNProbe(Callback):
     def measure(self) -> float:
         """The accuracy now, in [0, 1]; not added to `history`."""
         from leaven.pretext.evaluation import knn
-        from leaven.pretext.features import extract_features, recalibrate_batchnorm
+        from leaven.pretext.features import recalibrate_batchnorm
 
         backbone = self._backbone
         if self.recalibrate:
             backbone = copy.deepcopy(backbone)
             recalibrate_batchnorm(backbone, self.train[0])
-        bank, queries = (extract_features(backbone, images) for images, _ in (self.train, self.test))
-        return knn(bank, self.train[1], queries, self.test[1], k=self.k, temperature=self.temperature)
+        bank, queries = _features(backbone, *self.train), _features(backbone, *self.test)
+        return knn(*bank, *queries, k=self.k, temperature=self.temperature)
 
     def logs(self) -> dict[str, float]:
         return {f"{self.name}_top1": self.history[-1][1]} if self.history else {}
@@ -101,3 +105,38 @@ class KNNProbe(Callback):
 
     def __repr__(self) -> str:
         return f"KNNProbe(every={self.every}, k={self.k}, temperature={self.temperature:g})"
+
+
+def _pair(data: Any, part: str) -> tuple[Any, Tensor | None]:
+    """Images and labels, or a loader and None."""
+    # A list of two may be two batches.
+    if (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and (isinstance(data, tuple) or isinstance(data[1], Tensor))
+    ):
+        return data[0], data[1]
+    if isinstance(data, Tensor | tuple) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"KNNProbe: {part} must be (images, labels), or a loader of batches (images, labels), not a "
+            f"{type(data).__name__}"
+        )
+    return data, None
+
+
+def _features(backbone: nn.Module, images: Any, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and labels (N,), which a loader gives along with the images, so that it may shuffle."""
+    from leaven.pretext.features import extract_features
+
+    if labels is not None:
+        return extract_features(backbone, images), labels
+    read: list[Tensor] = []
+
+    def batches() -> Iterator[Tensor]:
+        for batch in images:
+            if not isinstance(batch, tuple | list) or len(batch) < 2:
+                raise TypeError("KNNProbe: a loader alone must give batches (images, labels)")
+            read.append(batch[1])
+            yield batch[0]
+
+    return extract_features(backbone, batches()), torch.cat(read)

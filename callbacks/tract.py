@@ -161,7 +161,8 @@ def _found(model: nn.Module) -> list[str]:
 
     try:
         _, found = first_that_runs(follow, candidate_images(model, None))
-    except (*UNSUITABLE, TypeError) as error:  # a TypeError: it takes keywords alone, or more than images
+    # Of a model that takes keywords alone, more than images, or a dict.
+    except (*UNSUITABLE, TypeError, IndexError, KeyError, AttributeError) as error:
         raise AttachError(
             f"TrAct cannot tell the first layer of {type(model).__name__}, which runs on no image that was tried "
             f'({reason_of(error)}): name it, as in TrAct(layers=["embed"])'
@@ -239,8 +240,8 @@ class _FirstLayer:
     def precondition(self, gradient: Tensor) -> Tensor:
         if not self.pending:
             self.warn(
-                f"TrAct leaves a gradient of {self.name} as it is: the forward pass was in eval mode or went around "
-                "the layer's hooks"
+                f"TrAct leaves a gradient of {self.name} as it is: the forward pass was in eval mode, or went around "
+                "the layer's hooks, as that of a model does that was compiled and called before it was attached"
             )
             return gradient
         for work, _ in self.pending:

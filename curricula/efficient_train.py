@@ -271,12 +271,20 @@ class EfficientTrain(Callback):
             try:
                 check(*size)  # type: ignore[misc]
             except ValueError as error:
-                cell = getattr(model, "mask_cell", None)
-                hint = f"give EfficientTrain multiple={cell}, or " if isinstance(cell, int) else ""
+                advice = self._advice(size, getattr(model, "mask_cell", None))
                 raise AttachError(
-                    f"{type(model).__name__} does not take images of {_words(size)} ({error}): {hint}choose a schedule "
-                    "with other sizes"
+                    f"{type(model).__name__} does not take images of {_words(size)} ({error}): {advice}"
                 ) from error
+
+    def _advice(self, size: Size, cell: int | None) -> str:
+        other = "choose a schedule with other sizes"
+        if cell is None or not any(side % cell for side in size):
+            return other
+        if size == self.image_size:
+            return f"give images whose sides are multiples of {cell}"
+        if self.schedule.full in self.image_size:  # whose sizes are taken as they are, whatever `multiple` is
+            return f"give it schedule.scaled({self.schedule.full}, {cell}), or {other}"
+        return f"give EfficientTrain multiple={cell}, or {other}"
 
     def _try_sizes(self, backbone: nn.Module) -> None:
         from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, reason_of, untouched

@@ -139,6 +139,9 @@ class ConvolutionalDKM(DeepKernelMachine):
         kernel: Literal["rbf", "arccos", "norm-gauss", "linear"] = "norm-gauss",
         **machine: Any,
     ) -> None:
+        for name, given in (("inducing", inducing), ("strides", strides)):
+            if isinstance(given, int):
+                raise ValueError(f"{name} must be one number for each layer, such as (64, 128), not {given}")
         strides = (2,) * (len(inducing) - 1) if strides is None else tuple(strides)
         if not inducing or len(strides) != len(inducing) - 1 or min((*inducing, *strides)) < 1:
             raise ValueError(
@@ -200,6 +203,8 @@ class ConvolutionalDKM(DeepKernelMachine):
         channels = self.inducing.shape[1] // self.side**2
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"images (B, {channels}, H, W) are needed, not {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"images must be normalised floats (B, {channels}, H, W), got {x.dtype}")
 
     def _nothing(self) -> Tensor:
         return self.inducing.new_zeros(0, self.inducing.shape[1] // self.side**2, self.side, self.side)

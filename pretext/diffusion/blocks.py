@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leaven.pretext.diffusion.denoiser import Denoiser
+
 Call = Callable[[nn.Module, Tensor, Tensor], Any]
 
 
@@ -71,6 +73,7 @@ def skip_pairs(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: a network without encoder and decoder, or of another layout.
     """
+    _refuse_objective(model)
     modules = dict(model.named_modules())
     if "input_blocks" in modules and "output_blocks" in modules:
         encoder, decoder = _inside(modules, "input_blocks"), _inside(modules, "output_blocks")
@@ -99,7 +102,9 @@ def resolve_blocks(model: nn.Module, blocks: Sequence[str | int] | str) -> list[
 
     Raises:
         UnknownBlock: see `DiffusionFeatures`.
+        TypeError: a `Denoiser` in place of its backbone.
     """
+    _refuse_objective(model)
     known = block_names(model)
     if isinstance(blocks, str):
         blocks = known
@@ -110,6 +115,8 @@ def resolve_blocks(model: nn.Module, blocks: Sequence[str | int] | str) -> list[
     modules = dict(model.named_modules())
     found = []
     for block in blocks:
+        if not isinstance(block, str | int):
+            raise UnknownBlock(f"a block is a name or a number, not {block!r}")
         if isinstance(block, int):
             if not 1 <= block <= len(known):
                 raise UnknownBlock(f"block {block}: {type(model).__name__} has 1 to {len(known)}")
@@ -120,6 +127,11 @@ def resolve_blocks(model: nn.Module, blocks: Sequence[str | int] | str) -> list[
     if len(set(found)) < len(found):
         raise UnknownBlock(f"a block is asked for twice: {', '.join(found)}")
     return found
+
+
+def _refuse_objective(model: nn.Module) -> None:
+    if isinstance(model, Denoiser):
+        raise TypeError("the network itself is needed, not the Denoiser around it: give denoiser.backbone")
 
 
 def as_map(output: Any, size: Sequence[int], block: str) -> Tensor:

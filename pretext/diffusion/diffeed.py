@@ -53,8 +53,9 @@ class DifFeed(nn.Module):
 
     Raises:
         UnknownBlock: a block that is not there.
-        ValueError: a network without encoder and decoder, feedback of no blocks or of blocks that do not run before
-            `block`, a timestep out of range, a map that is not square.
+        TypeError: a `Denoiser` in place of its backbone.
+        ValueError: an example that is no images, a network without encoder and decoder, feedback of no blocks or of
+            blocks that do not run before `block`, a timestep out of range, a map that is not square.
     """
 
     def __init__(
@@ -77,6 +78,9 @@ class DifFeed(nn.Module):
         encode: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(example, Tensor) or example.ndim != 4:
+            what = tuple(example.shape) if isinstance(example, Tensor) else repr(example)
+            raise ValueError(f"example must be images (B, C, H, W), such as the first of a batch, not {what}")
         if feedback is None:
             pairs = skip_pairs(model)
         else:

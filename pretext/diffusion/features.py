@@ -47,7 +47,7 @@ class DiffusionFeatures:
             DiTTransformer2DModel (these two with null conditioning), or any module with `call`.
         scheduler: a `Schedule`, a scheduler of diffusers, a tensor of alphas_cumprod, or for other parameterisations a
             function ``add_noise(x, noise, t)``.
-        blocks: names of modules, or numbers counted from 1 over `block_names`; "auto": all of these.
+        blocks: names of modules, or numbers counted from 1 over `block_names`, one or several; "auto": all of these.
         timesteps: from 0 to T - 1.
         pool: a side, or several: what maps are averaged to, see `Cell`.
         draws: of noise, over which features are averaged.
@@ -62,6 +62,7 @@ class DiffusionFeatures:
 
     Raises:
         UnknownBlock: a block that is not there.
+        TypeError: a `Denoiser` in place of its backbone.
         ValueError: a timestep out of range, no block, or numbers below 1.
     """
 
@@ -69,7 +70,7 @@ class DiffusionFeatures:
         self,
         model: nn.Module,
         scheduler: Any,
-        blocks: Sequence[str | int] | str = "auto",
+        blocks: Sequence[str | int] | str | int = "auto",
         timesteps: Sequence[int] = (90,),
         pool: int | Sequence[int | None] | None = 2,
         draws: int = 1,
@@ -89,7 +90,7 @@ class DiffusionFeatures:
             self.add_noise = self.schedule.add_noise
         self.call, self.encode = call or default_call, encode
         self.blocks = resolve_blocks(
-            model, [blocks] if isinstance(blocks, str) and blocks != "auto" else blocks
+            model, [blocks] if isinstance(blocks, str | int) and blocks != "auto" else blocks
         )
         self.times: list[Time] = [*(["clean"] if include_clean else []), *timesteps]  # type: ignore[list-item]
         pools = [pool] if pool is None or isinstance(pool, int) else list(pool)

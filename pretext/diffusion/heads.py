@@ -46,6 +46,8 @@ class AttentionHead(nn.Module):
 def _transformer(width: int, heads: int, depth: int) -> nn.Sequential:
     from timm.models.vision_transformer import Block
 
+    if width % heads:
+        raise ValueError(f"width={width} must be a multiple of heads={heads}")
     return nn.Sequential(*(Block(width, heads, mlp_ratio=4.0, qkv_bias=False) for _ in range(depth)))
 
 
@@ -74,7 +76,8 @@ class DifFormerHead(nn.Module):
         kinds: block and pool, in the order of `norms` and `narrows`.
 
     Raises:
-        ValueError: no cells, or timesteps that differ in blocks, pools or shapes.
+        ValueError: no cells, no shapes (C, h, w), timesteps that differ in blocks, pools or shapes, or a width that is
+            no multiple of heads.
     """
 
     def __init__(
@@ -86,6 +89,13 @@ class DifFormerHead(nn.Module):
         depth: int = 2,
     ) -> None:
         super().__init__()
+        for cell, shape in shapes.items():
+            if isinstance(shape, Tensor) or len(shape) != 3:
+                given = f"a tensor {tuple(shape.shape)}" if isinstance(shape, Tensor) else tuple(shape)
+                raise ValueError(
+                    f"{cell}: the shape (C, h, w) of its maps is needed, without the batch, as in "
+                    f"{{cell: each.shape[1:] for cell, each in maps.items()}}, not {given}"
+                )
         self.times = list(dict.fromkeys(cell.t for cell in shapes))
         sizes: dict[tuple[str, int | None], tuple[int, ...]] = {}
         for cell, shape in shapes.items():
@@ -105,7 +115,17 @@ class DifFormerHead(nn.Module):
         self.classifier = nn.Linear(width * len(self.times), classes)
 
     def forward(self, maps: Mapping[Cell, Tensor]) -> Tensor:
-        """Logits (B, classes) of maps (B, C, h, w) of every cell."""
+        """Logits (B, classes) of maps (B, C, h, w) of every cell.
+
+        Raises:
+            ValueError: maps of a cell are missing.
+        """
+        for cell in (Cell(t, *kind) for t in self.times for kind in self.kinds):
+            if cell not in maps:
+                there = "; ".join(map(str, maps))
+                raise ValueError(
+                    f"there are no maps of the cell {cell} that this head reads, only of: {there}"
+                )
         read = []
         for t in self.times:
             tokens = [
@@ -173,12 +193,20 @@ def fit_heads(
 
     Raises:
         FloatingPointError: a loss is not finite; its head is named.
-        ValueError: no heads, or numbers of images that do not fit.
+        ValueError: no heads, a head without features, numbers of images that do not fit, or labels that are no indices
+            of a head's classes.
     """
     if not heads:
         raise ValueError("no heads to train")
     if min(steps, batch_size) < 1:
         raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(f"labels must be class indices (N,), got {tuple(labels.shape)} of {labels.dtype}")
+    if missing := [str(name) for name in heads if name not in features]:
+        raise ValueError(
+            f"no features for the heads {', '.join(missing)}: give each head's under its own name, {{name: maps}}, and "
+            "a DifFormerHead's as {name: {cell: maps}}"
+        )
     inputs: dict[K, Tensor | dict[Cell, Tensor]] = {}
     for name in heads:
         given = features[name]
@@ -199,10 +227,14 @@ def fit_heads(
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         rows = torch.randint(len(labels), (min(batch_size, len(labels)),), generator=generator)
-        losses = {
-            name: F.cross_entropy(head(_rows(inputs[name], rows)), labels[rows])
-            for name, head in heads.items()
-        }
+        logits = {name: head(_rows(inputs[name], rows)) for name, head in heads.items()}
+        for name, found in logits.items() if step == 0 else ():
+            if labels.min() < 0 or labels.max() >= found.shape[1]:
+                raise ValueError(
+                    f"{name}: labels from {int(labels.min())} to {int(labels.max())}, but it has classes 0 to "
+                    f"{found.shape[1] - 1}"
+                )
+        losses = {name: F.cross_entropy(found, labels[rows]) for name, found in logits.items()}
         for name, loss in losses.items():
             if not torch.isfinite(loss):
                 raise FloatingPointError(

@@ -58,6 +58,7 @@ class ScaleKD(nn.Module):
     Raises:
         NoTail: the teacher's last stage is not known, or does not run by itself.
         NoStages: the student gives fewer than two maps.
+        TypeError: a teacher that is no module, such as a name.
         ValueError: heads that do not divide a width, weights out of range, other classes than the teacher's.
     """
 
@@ -88,6 +89,11 @@ class ScaleKD(nn.Module):
             raise ValueError(f"kd_weight must be between 0 and 1, got {kd_weight}")
         if not kd_temperature > 0:
             raise ValueError(f"kd_temperature must be greater than 0, got {kd_temperature}")
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(
+                "the teacher must be a module with its trained weights loaded, as from timm.create_model(name, "
+                f"pretrained=True), not {teacher!r}"
+            )
         self.tail = tail or TeacherTail.of(teacher)
         classes = getattr(teacher, "num_classes", None)
         if isinstance(student, str):

@@ -205,8 +205,9 @@ class SparK(nn.Module):
         if mask is None:
             mask = sample_mask(images.shape[0], grid, self.mask_ratio)
         if tuple(mask.shape) != (images.shape[0], *grid):
+            hint = "" if mask.ndim == 3 else "; SparK takes no labels: call it with the images alone"
             raise ValueError(
-                f"mask must be (B, fh, fw) = {(images.shape[0], *grid)}, got {tuple(mask.shape)}"
+                f"mask must be (B, fh, fw) = {(images.shape[0], *grid)}, got {tuple(mask.shape)}{hint}"
             )
         # In a compiled graph the count cannot be read off the mask; it is taken from the ratio and checked there.
         keep = visible_count(grid[0] * grid[1], self.mask_ratio) if torch.compiler.is_compiling() else None

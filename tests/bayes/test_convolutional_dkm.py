@@ -256,6 +256,8 @@ def test_it_learns_features_where_the_prior_does_not_fit() -> None:
         ({"inducing": (4, 40), "strides": (1,)}, "at most 36 are independent"),
         ({"inducing": (4, 4), "strides": (0,)}, "must be at least 1"),
         ({"side": 2}, "side must be odd"),
+        ({"inducing": 16}, r"inducing must be one number for each layer, such as \(64, 128\), not 16"),
+        ({"strides": 2}, "strides must be one number for each layer"),
         ({"ard": True}, "ard is for vectors"),
         ({"nu": 0.0}, "greater than 0"),
     ],
@@ -272,6 +274,8 @@ def test_wrong_images() -> None:
         made(randn(4, 3, 6, 6))
     with pytest.raises(ValueError, match="needed, not"):
         made(images.flatten(1))
+    with pytest.raises(ValueError, match=r"normalised floats \(B, 2, H, W\), got torch.uint8"):
+        made(torch.zeros(4, 2, 6, 6, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="call init_inducing first"):
         machine(images, start=False)(images)
     with pytest.raises(ValueError, match="lower inducing, or give more images"):

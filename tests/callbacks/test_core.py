@@ -606,7 +606,9 @@ def test_calls_that_bypass_hooks_are_reported_by_name(bypass: str) -> None:
 
     update()
     update()
-    with pytest.warns(NoEffectWarning, match=r"ScaleInput has no effect: 3 updates passed.*hook scale never"):
+    with pytest.warns(
+        NoEffectWarning, match=r"ScaleInput has no effect: 3 updates passed.*not model.forward"
+    ):
         update()
     update()  # once is enough: a second NoEffectWarning would be an error here
 
@@ -617,7 +619,7 @@ def test_a_frozen_parameter_is_reported_by_name() -> None:
     model.stem.requires_grad_(False)
     train_step(model, optimizer, 0)
     train_step(model, optimizer, 1)
-    with pytest.warns(NoEffectWarning, match=r"^CentreGradient has no effect.*centre never fired"):
+    with pytest.warns(NoEffectWarning, match=r"^CentreGradient has no effect.*replaced or unfrozen"):
         train_step(model, optimizer, 2)
 
 
@@ -850,6 +852,107 @@ print([name for name in {heavy} if name in sys.modules and name not in before])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def backward(model: nn.Module, times: int) -> None:
+    for seed in range(times):
+        F.cross_entropy(model(batch(seed)[0]), batch(seed)[1]).backward()
+
+
+def test_backward_passes_without_one_update_are_reported_once() -> None:
+    model, optimizer = pair()
+    attached = attach(model, optimizer, Recorder(), ScaleInput(), total_steps=20)
+    backward(model, 63)
+    with pytest.warns(
+        NoEffectWarning, match=r"^Recorder, ScaleInput: not one .* 64 backward .*attached SGD made no step"
+    ):
+        backward(model, 1)
+    backward(model, 64)
+    attached.remove()
+
+
+def test_the_end_without_one_update_is_reported() -> None:
+    model, optimizer = pair()
+    other = AdamW(model.parameters())
+    attached = attach(model, optimizer, Recorder(), total_steps=20)
+    for seed in range(8):
+        train_step(model, other, seed)
+    with pytest.warns(NoEffectWarning, match="attach the optimizer that the loop steps") as given:
+        attached.__exit__(None, None, None)
+    assert len(given) == 1
+    attached = attach(model, None, Recorder(), total_steps=20)
+    backward(model, 8)
+    before = hook_count(model)
+    with pytest.warns(NoEffectWarning, match=r"^Recorder: .*attached.step\(\) was not called"):
+        attached.remove()
+    assert hook_count(model) == before - 2 == 0
+
+
+def test_no_update_is_not_reported_where_none_is_missing() -> None:
+    model, optimizer = pair()
+    with attach(model, optimizer, Recorder(), total_steps=20):
+        backward(model, 32)  # accumulation
+        optimizer.step()
+        backward(model, 99)
+        assert hook_count(model) == 0  # nothing is counted any longer
+    with attach(model, optimizer, Recorder(), total_steps=20):
+        backward(model, 7)  # a look at gradients
+    with attach(model, optimizer, Recorder(), total_steps=20), torch.no_grad():
+        model.eval()
+        for seed in range(99):
+            model(batch(seed)[0])
+    attached = attach(model, optimizer, Recorder(), total_steps=20)
+    backward(model, 9)
+    attached.__exit__(KeyError, KeyError(), None)  # a loop that broke off
+
+
+def test_parameters_in_no_group_are_reported() -> None:
+    model, _ = pair()
+    with pytest.warns(
+        NoEffectWarning, match=r"^4 of the 6 parameters of TinyNet .*\(norm.weight, norm.bias, \.\.\.\)"
+    ):
+        attach(model, SGD(model.stem.parameters(), lr=0.1), Recorder(), total_steps=9)
+    with pytest.warns(
+        NoEffectWarning, match="among them stem.weight, on which CentreGradient acts: it has no effect"
+    ):
+        attach(model, SGD(model.head.parameters(), lr=0.1), Recorder(), CentreGradient(), total_steps=9)
+
+
+def test_parameters_that_need_no_group_are_not_reported() -> None:
+    model, optimizer = pair()
+    attach(nn.parallel.DataParallel(model), optimizer, Recorder(), total_steps=9)
+    attach(torch.compile(model), optimizer, Recorder(), total_steps=9)
+    parts = [SGD(part.parameters(), lr=0.1) for part in (model.stem, model.norm, model.head)]
+    attach(model, parts, Recorder(), total_steps=9)
+    model.head.requires_grad_(False)
+    attach(model, parts[:2], Recorder(), total_steps=9)
+    model.head = model.head.requires_grad_(True)
+    model.twin = model.head  # shared
+    attach(model, SGD(model.parameters(), lr=0.1), Recorder(), total_steps=9)
+
+
+def test_hooks_are_off_while_a_callback_is_set_up() -> None:
+    class Probing(Recorder):
+        def setup(
+            self, model: nn.Module, optimizers: tuple[Optimizer, ...], progress: Progress
+        ) -> Iterable[Handle]:
+            model(torch.zeros(2, 3, 16, 16))
+            return super().setup(model, optimizers, progress)
+
+    model, optimizer = pair()
+    calls = []
+
+    class Listening(Recorder):
+        def setup(
+            self, model: nn.Module, optimizers: tuple[Optimizer, ...], progress: Progress
+        ) -> Iterable[Handle]:
+            yield model.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    attach(model, optimizer, Listening("a"), Probing(), total_steps=9)
+    attach(model, optimizer, Probing(), total_steps=9)
+    assert not calls
+    model(torch.zeros(2, 3, 16, 16))
+    assert calls
 
 
 def test_more_updates_than_announced_are_reported_once() -> None:

@@ -247,3 +247,15 @@ def test_the_weights_outlive_removal() -> None:
     kept = snapshot(ema.module)
     train_step(model, optimizer, 1)
     assert_same(snapshot(ema.module), kept)
+
+
+def test_a_head_replaced_after_attach_is_named() -> None:
+    for head in (nn.Linear(4, 7), nn.Identity()):
+        model, optimizer = pair()
+        attached = attach(model, optimizer, EMA(), total_steps=9)
+        model.head = head
+        with pytest.raises(
+            RuntimeError, match=r"^EMA cannot go on averaging TinyNet.*attach again after the change"
+        ):
+            train_step(model, optimizer, 0) if isinstance(head, nn.Linear) else optimizer.step()
+        attached.remove()

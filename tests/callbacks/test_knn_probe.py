@@ -14,9 +14,9 @@ from callback_toys import (
     train_step,
 )
 from torch.optim import SGD, AdamW
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from leaven.callbacks import KNNProbe, NoEffectWarning, attach
+from leaven.callbacks import KNNProbe, NoEffectWarning, Progress, attach
 from leaven.pretext.evaluation import knn
 from leaven.pretext.features import recalibrate_batchnorm
 
@@ -82,6 +82,26 @@ def test_a_loader_of_images_serves_too() -> None:
     train_step(model, optimizer, 0)
     assert tensors.history == loaders.history
     assert loaders.logs().keys() == {"loaders_top1"}
+
+
+def test_loaders_give_their_labels_too_and_may_shuffle() -> None:
+    model, _ = pair()
+    train, test = (DataLoader(TensorDataset(*part), batch_size=7, shuffle=True) for part in (TRAIN, TEST))
+    probe = KNNProbe(train, test, every=1, k=5, temperature=0.1, recalibrate=False)
+    probe.setup(model, (), Progress(9))
+    assert probe.measure() == by_hand(model, k=5, temperature=0.1)
+    as_lists = KNNProbe((TRAIN[0], TRAIN[1].tolist()), list(TEST), every=1, k=5, temperature=0.1)  # type: ignore[arg-type]
+    as_lists.setup(model, (), Progress(9))
+    assert as_lists.measure() == probe.measure()
+    for odd in (TRAIN[0], 3, (TRAIN[0], 3, 4)):
+        with pytest.raises(
+            TypeError, match=r"KNNProbe: train must be \(images, labels\), or a loader of batches"
+        ):
+            KNNProbe(odd, TEST, every=1)
+    probe = KNNProbe(DataLoader(TRAIN[0], batch_size=8), test, every=1)
+    probe.setup(model, (), Progress(9))
+    with pytest.raises(TypeError, match=r"a loader alone must give batches \(images, labels\)"):
+        probe.measure()
 
 
 def test_training_does_not_notice() -> None:

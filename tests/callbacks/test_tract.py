@@ -592,6 +592,36 @@ def test_a_network_that_takes_keywords_alone_is_named_and_works_by_the_layers_na
     torch.testing.assert_close(net.stem.weight.grad, tract_gradient(plain, total / count, 0.1))
 
 
+def test_a_network_that_takes_a_dict_is_named() -> None:
+    class Dict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3)
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.stem(batch["image"]).mean((2, 3))
+
+    net = Dict()
+    with pytest.raises(AttachError, match=r"first layer of Dict, which runs on no image.*name it"):
+        attach(net, SGD(net.parameters(), lr=0.1), TrAct(), total_steps=1)
+
+
+def test_a_layer_replaced_or_a_model_compiled_before_is_told_in_words() -> None:
+    model, (x, y) = net(), images(4)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with attach(model, optimizer, TrAct(layers=["0"]), total_steps=9):
+        model[0] = copy.deepcopy(model[0])
+        gradients(model, x, y)
+        optimizer.step()
+        gradients(model, x, y)
+        optimizer.step()
+        gradients(model, x, y)
+        with pytest.warns(
+            NoEffectWarning, match="none of its hooks ran.*attach again after a layer is replaced"
+        ):
+            optimizer.step()
+
+
 def test_wrong_arguments_are_named() -> None:
     for lam in (0.0, -1.0, float("nan")):
         for call in (lambda lam=lam: TrAct(lam), lambda lam=lam: tract(nn.Linear(2, 2), lam)):

@@ -11,7 +11,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from leaven.backbones import create
-from leaven.callbacks import AttachError, NoEffectWarning, attach
+from leaven.callbacks import AttachError, NoEffectWarning, TrAct, attach
 from leaven.curricula import ET, ET_PP, EfficientTrain, Schedule, Stage, fourier_crop, fourier_pad, resize
 from leaven.pretext import Output, SparK
 
@@ -421,16 +421,22 @@ def test_spark_says_which_sizes_it_takes_when_it_is_attached() -> None:
     for sizes, message in (
         (
             (64, 80, 96),
-            r"SparK does not take images of 80x80 \(.*mask cell 32.*: give EfficientTrain multiple=32",
+            r"SparK does not take images of 80x80 \(.*mask cell 32.*\): give it schedule.scaled\(96, 32\), or choose",
         ),
         (
             (32, 64, 96),
-            r"SparK does not take images of 32x32 \(.*visible.*choose a schedule with other sizes",
+            r"SparK does not take images of 32x32 \(.*visible.*\): choose a schedule with other sizes",
         ),
     ):
         stages = tuple(Stage(end, size) for end, size in zip((0.5, 0.75, 1), sizes, strict=True))
         with pytest.raises(AttachError, match=message):
             attach(spark, optimizer, EfficientTrain(Schedule(stages), image_size=96), total_steps=4)
+    for given, message in (
+        ({"image_size": 128}, "give EfficientTrain multiple=32, or choose a schedule"),
+        ({"image_size": 120, "multiple": 32}, "120x120.*give images whose sides are multiples of 32$"),
+    ):
+        with pytest.raises(AttachError, match=message):
+            attach(spark, optimizer, EfficientTrain(ET, **given), total_steps=4)
     assert not spark._forward_pre_hooks
     with attach(spark, optimizer, EfficientTrain(ET, image_size=128, multiple=32), total_steps=4):
         assert torch.isfinite(spark(torch.randn(2, 3, 128, 128)).loss)
@@ -502,3 +508,15 @@ def test_targets_may_be_lists_with_one_for_each_image() -> None:
     assert none is None
     with pytest.raises(ValueError, match=r"boxes are \(..., 4\)"):
         curriculum(images, boxes=torch.zeros(2, 5))
+
+
+def test_the_pass_by_which_another_callback_looks_at_the_model_is_not_training() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoEffectWarning)
+        net, curriculum = create("resnet10t", num_classes=3), EfficientTrain(ET, image_size=64)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with attach(net, optimizer, curriculum, TrAct(), total_steps=8) as attached:
+            attached.load_state_dict(attached.state_dict())
+            train(net, optimizer, torch.randn(2, 3, 64, 64))
+            assert attached.progress.step == 1
+            assert curriculum.logs()["size"] < 64

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from leaven.pretext.diffusion import (
     AttentionHead,
+    Denoiser,
     DifFeed,
     DiffusionFeatures,
     Schedule,
@@ -381,6 +382,16 @@ def test_what_is_unsuitable_is_refused(model: Any, how: dict[str, Any], message:
         feed(model(), **how)
     assert "\n" not in str(error.value)
     assert isinstance(error.value, UnknownBlock) == ("no block" in message or "has 1 to" in message)
+
+
+def test_things_of_another_kind_are_named() -> None:
+    for example in (64, torch.zeros(2, 32, 32)):
+        with pytest.raises(ValueError, match=r"^example must be images \(B, C, H, W\)"):
+            DifFeed(unet(), Schedule.linear(), example, 5, block="middle_block")  # type: ignore[arg-type]
+    with pytest.raises(UnknownBlock, match=r"a block is a name or a number, not \[10\]"):
+        feed(unet(), block=[10])
+    with pytest.raises(TypeError, match=r"not the Denoiser around it: give denoiser.backbone"):
+        feed(Denoiser(unet()))
 
 
 def test_wrong_images() -> None:

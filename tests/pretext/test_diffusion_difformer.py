@@ -173,3 +173,16 @@ def test_timesteps_that_differ_are_refused() -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no cells"):
         DifFormerHead({}, 5)
+
+
+def test_shapes_and_maps_that_do_not_fit_are_one_line() -> None:
+    for wrong in (maps(), {cell: each.shape for cell, each in maps().items()}):
+        with pytest.raises(ValueError, match=r"^t=20, a, pool 4: the shape \(C, h, w\) .* without the batch"):
+            DifFormerHead(wrong, 5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="width=60 must be a multiple of heads=8"):
+        DifFormerHead(shapes(maps()), 5, width=60)
+    others = {cell._replace(pool=2): each for cell, each in maps().items()}
+    with pytest.raises(
+        ValueError, match="no maps of the cell t=20, a, pool 4 that this head reads, only of: t=20, a, pool 2"
+    ):
+        head(maps())(others)

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from leaven.pretext.diffusion import Cell, DiffusionFeatures, Schedule, UNet, UnknownBlock, adm, block_names
+from leaven.pretext.diffusion import (
+    Cell,
+    Denoiser,
+    DiffusionFeatures,
+    Schedule,
+    UNet,
+    UnknownBlock,
+    adm,
+    block_names,
+)
 from leaven.pretext.diffusion.blocks import as_map, pooled
 from leaven.pretext.diffusion.features import keyed_noise
 
@@ -321,6 +330,12 @@ def test_wrong_input(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_one_block_by_its_number_and_a_denoiser_is_refused() -> None:
+    assert features(blocks=3).blocks == features(blocks=[3]).blocks
+    with pytest.raises(TypeError, match=r"not the Denoiser around it: give denoiser.backbone"):
+        features(model=Denoiser(net()))
 
 
 def test_unknown_blocks_have_an_error_of_their_own() -> None:

@@ -144,6 +144,18 @@ def test_wrong_heads() -> None:
         fit_heads({}, train, labels)
     with pytest.raises(ValueError, match="60 maps and 5 labels"):
         fit_heads({CELLS[0]: make_head("linear", 4, 2, 3)}, train, labels[:5])
+    with pytest.raises(ValueError, match=r"no features for the heads D: give each head's under its own name"):
+        fit_heads({"D": make_head("linear", 4, 2, 3)}, train, labels)  # type: ignore[misc]
+    head = {CELLS[0]: make_head("linear", 4, 2, 3)}
+    for wrong in (labels + 1, labels - 1):
+        with pytest.raises(
+            ValueError, match=r"t=20, a, pool 2: labels from -?\d to \d, but it has classes 0 to 2"
+        ):
+            fit_heads(head, train, wrong)
+    with pytest.raises(
+        ValueError, match=r"labels must be class indices \(N,\), got \(60,\) of torch.float32"
+    ):
+        fit_heads(head, train, labels.float())
     with pytest.raises(ValueError, match="steps and batch_size must be at least 1"):
         fit_heads({CELLS[0]: make_head("linear", 4, 2, 3)}, train, labels, steps=0)
     with pytest.raises(FloatingPointError, match="t=20, a, pool 2: the loss is"):

@@ -280,6 +280,12 @@ def test_what_cannot_be_is_one_line() -> None:
     student, teacher = student_of("resnet"), teacher_of("vit")
     cases: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
         (student, {"teacher": student_of("mobilenet")}, NoTail, "no tail is known of a MobileNetV3"),
+        (
+            student,
+            {"teacher": "vit_tiny_patch16_224"},
+            TypeError,
+            "a module with its trained weights loaded, .*not 'vit",
+        ),
         (student, {"heads": 5}, ValueError, "heads=5 does not divide the teacher's 32 channels"),
         (student, {"kd_weight": 1.5}, ValueError, "kd_weight must be between 0 and 1"),
         (student, {"kd_temperature": 0}, ValueError, "kd_temperature must be greater than 0"),

@@ -149,6 +149,9 @@ def test_inputs_that_do_not_fit_say_so() -> None:
             spark(images)
     with pytest.raises(ValueError, match=r"mask must be \(B, fh, fw\) = \(2, 2, 3\)"):
         spark(_images(), torch.ones(2, 3, 2, dtype=torch.bool))
+    for labels in (torch.zeros(2).long(), torch.zeros(2, 5)):
+        with pytest.raises(ValueError, match=r"SparK takes no labels: call it with the images alone$"):
+            spark(_images(), labels)
     with pytest.raises(ValueError, match="some must be visible and some hidden"):
         spark(torch.zeros(1, 3, 32, 32))
 
