@@ -10,6 +10,7 @@ all of them, and told on the held-out ones, beside pixels and an untrained netwo
 scikit-learn's digits, a smoke test and no evidence.
 """
 
+import inspect
 import json
 import os
 from dataclasses import dataclass, fields
@@ -119,7 +120,7 @@ class DiffusionSettings(LoopSettings):
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags; train, or open a model, and classify."""
-    settings = read_settings(DiffusionSettings, argv)
+    settings = read_settings(DiffusionSettings, argv, recipe="diffusion_features")
     if settings.model is not None:
         return read(settings)
     if settings.dry_run:
@@ -198,6 +199,13 @@ def train(settings: DiffusionSettings, data: Data) -> None:
 
 def check(opened: Opened, images: Images, settings: DiffusionSettings) -> None:
     """What would be found wrong after the training only: can the network take these images, are the probes possible?"""
+    try:
+        inspect.signature(opened.model.forward).bind(None, None)
+    except TypeError:
+        raise UserError(
+            f"--backbone {settings.backbone} is no denoiser: it must be a network called as net(x_t, t), such as "
+            "leaven.pretext.diffusion:small_unet"
+        ) from None
     device = next(opened.model.parameters()).device
     with user_errors(ValueError):
         blank = torch.zeros(1, settings.in_chans, *images.size, device=device)

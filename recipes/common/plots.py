@@ -30,10 +30,12 @@ def loss_curve(
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses.tolist(), linewidth=0.6, alpha=0.4, label="each update")
-    axes.plot(steps[window - 1 :], smooth, linewidth=1.5, label=f"mean of {window}")
+    if window > 1:
+        axes.plot(steps[window - 1 :], smooth, linewidth=1.5, label=f"mean of {window}")
     if level is not None:
         axes.axhline(level[0], color="grey", linestyle="--", linewidth=0.8, label=level[1])
     axes.set(title=title, xlabel="update", ylabel="loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -91,7 +93,7 @@ def bars(rows: Mapping[str, Mapping[str, float]], path: Path, title: str, label:
     axes.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
     axes.set(title=title, ylabel=label)
     axes.grid(alpha=0.3, axis="y")
-    axes.legend()
+    figure.legend(loc="outside right upper")  # beside the bars, not on them
     _save(figure, path)
 
 
@@ -137,12 +139,13 @@ def heatmap(values: Mapping[str, Mapping[str, float]], path: Path, title: str) -
     table = [[row[name] for name in names] for row in values.values()]
     figure = Figure(figsize=(2 + 0.7 * len(names), 1.5 + 0.4 * len(values)), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(table, aspect="auto")
+    shown = axes.imshow(table, aspect="auto")
     axes.set_xticks(range(len(names)), names, rotation=60, fontsize=7)
     axes.set_yticks(range(len(values)), list(values), fontsize=8)
     for y, row in enumerate(table):
         for x, value in enumerate(row):
-            axes.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=6, color="white")
+            ink = "black" if shown.norm(value) > 0.6 else "white"  # the upper colours are bright
+            axes.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=6, color=ink)
     axes.set_title(title, fontsize=9)
     _save(figure, path)
 
