@@ -87,7 +87,7 @@ def distilled(
     """The objective, with the teacher's own accuracy."""
     teacher, (mean, std) = load_teacher(settings, images)
     names = ("tau", "alpha_spatial", "alpha_freq", "kd_weight", "kd_temperature", "reduction", "smoothing")
-    with user_errors(NoTail):
+    try:
         objective = ScaleKD(
             student,
             teacher,
@@ -97,6 +97,8 @@ def distilled(
             student_statistics=(tuple(images.mean), tuple(images.std)),
             teacher_statistics=(tuple(mean), tuple(std)),
         ).to(device)
+    except NoTail as error:  # what else it names can be given in Python alone
+        raise UserError(f"--teacher {settings.teacher}: {str(error).partition(', or give')[0]}") from error
     try:
         objective.check_image_size(*images.size)
     except ValueError as error:

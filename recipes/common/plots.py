@@ -29,7 +29,8 @@ def loss_curve(
     smooth = losses.unfold(0, window, 1).mean(1).tolist()
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, losses.tolist(), linewidth=0.6, alpha=0.4, label="each update")
+    light: dict[str, float] = {"linewidth": 0.6, "alpha": 0.4} if window > 1 else {"linewidth": 1.5}
+    axes.plot(steps, losses.tolist(), label="each update", **light)
     if window > 1:
         axes.plot(steps[window - 1 :], smooth, linewidth=1.5, label=f"mean of {window}")
     if level is not None:

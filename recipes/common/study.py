@@ -121,12 +121,15 @@ def numbers_of(trial: Trial, *args: Any, **kwargs: Any) -> dict[str, Any]:
 def about(settings: StudySettings) -> list[str]:
     """What is learnt from; an error before anything is made."""
     if settings.backbone == "none":
-        kind = settings.data.partition(":")[0]
-        if settings.data == "digits" or kind in ("tv", "hf") or _images_below(settings.data):
-            raise UserError(
-                f"--data {settings.data} is of images: add --backbone, whose features are learnt from"
-            )
-        table = open_table(settings.data, settings.target, settings.seed)
+        try:
+            table = open_table(settings.data, settings.target, settings.seed)
+        except UserError as error:
+            named = settings.data == "digits" or settings.data.startswith(("tv:", "hf:"))
+            if named or _holds_images(settings.data):
+                raise UserError(
+                    f"--data {settings.data} is of images: add --backbone, whose features are learnt from"
+                ) from error
+            raise
         if table.splits and settings.splits > table.splits:
             raise UserError(f"--splits {settings.splits}: {settings.data} has {table.splits}")
         smoke = (
@@ -157,7 +160,7 @@ def images_of(settings: StudySettings, spec: str) -> Data:
     return find_data(replace(settings, data=spec))
 
 
-def _images_below(folder: str) -> bool:
+def _holds_images(folder: str) -> bool:
     """Whether it is a folder with images in it or in a folder of it."""
     found = (path for pattern in ("*", "*/*") for path in Path(folder).glob(pattern))
     return any(path.name.lower().endswith(SUFFIXES) for path in found)
