@@ -181,7 +181,8 @@ def _check(
     if differences := _differences(expected, state):
         written = f" (written from {notes['backbone']})" if "backbone" in notes else ""
         hint = ""
-        if kind := notes.get("evonorm"):
+        plain = any(key.endswith("running_mean") and key not in state for key in expected)
+        if plain and (kind := notes.get("evonorm")):
             hint = (
                 f"; it is of a network with EvoNorm-{kind}, so build that first: `from leaven.callbacks import "
                 "evo_norm, replace_norm_act` and "

@@ -15,7 +15,7 @@ from leaven.pretext.diffusion import UNet, make_head
 
 Recipe = Callable[[Path], ModuleType]
 TINY = """
-from leaven.pretext.diffusion import UNet, make_head
+from leaven.pretext.diffusion import UNet
 
 
 def tiny(in_chans=3):
