@@ -1,5 +1,6 @@
 """Backbone weights on disk: safetensors files that load strictly into plain timm and torchvision models."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,11 +30,14 @@ def save(
 ) -> None:
     """Write the state dict of `model` as safetensors, under a temporary name first and then renamed.
 
+    Equal models with equal notes give equal files.
+
     Args:
         model: a plain backbone; DDP and ``torch.compile`` wrappers are looked through.
         path: the file; missing folders are made.
         name: what `create` builds it from, resolved and noted in the file; None for a module without a name.
-        metadata: further notes. ``in_chans``, ``num_classes`` and ``image_size`` are used again by `load`.
+        metadata: further notes. ``in_chans``, ``num_classes`` and ``image_size`` are used again by `load`; ``evonorm``
+            is the kind of EvoNorm that took the place of BatchNorm, named where the file does not fit.
 
     Raises:
         OSError: the file could not be written; an older file of that name is left as it was.
@@ -48,7 +52,11 @@ def save(
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask wants it; safetensors writes for the owner alone
         save_file(_apart(_unwrap(model).state_dict()), temporary, metadata=notes)
+        temporary.chmod(mode)
+        _sort_notes(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # a rename may reach the disk before the data does
         temporary.replace(target)
@@ -56,6 +64,18 @@ def save(
         raise OSError(f"could not write {target}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sort_notes(path: Path) -> None:
+    """Put the metadata in order: safetensors writes it in another order each time."""
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if len(text) == length:  # other escapes than safetensors' would move the tensors
+            file.seek(8)
+            file.write(text)
 
 
 def load(
@@ -132,7 +152,12 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
 
     if Path(path).is_dir():
         inside = sorted(Path(path).glob("*.safetensors"))
-        hint = f"; did you mean {inside[0]}?" if inside else ", and there is no .safetensors file in it"
+        usual = Path(path) / "backbone.safetensors"  # a run folder may have an average beside it
+        hint = (
+            f"; did you mean {usual if usual in inside else inside[0]}?"
+            if inside
+            else ", and there is no .safetensors file in it"
+        )
         raise FileNotFoundError(f"{path} is a folder{hint}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights file {path}")
@@ -155,7 +180,15 @@ def _check(
 ) -> None:
     if differences := _differences(expected, state):
         written = f" (written from {notes['backbone']})" if "backbone" in notes else ""
-        raise WeightsMismatch(f"{path}{written} does not fit {label}: {'; '.join(differences)}")
+        hint = ""
+        plain = any(key.endswith("running_mean") and key not in state for key in expected)
+        if plain and (kind := notes.get("evonorm")):
+            hint = (
+                f"; it is of a network with EvoNorm-{kind}, so build that first: `from leaven.callbacks import "
+                "evo_norm, replace_norm_act` and "
+                f"`replace_norm_act(model, functools.partial(evo_norm, '{kind}'))`"
+            )
+        raise WeightsMismatch(f"{path}{written} does not fit {label}: {'; '.join(differences)}{hint}")
 
 
 def _differences(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:

@@ -10,6 +10,7 @@ all of them, and told on the held-out ones, beside pixels and an untrained netwo
 scikit-learn's digits, a smoke test and no evidence.
 """
 
+import inspect
 import json
 import os
 from dataclasses import dataclass, fields
@@ -47,7 +48,7 @@ from leaven.recipes.common.launcher import set_threads
 from leaven.recipes.common.loop import fit, keyed_generator
 from leaven.recipes.common.optimizer import make_optimizer
 from leaven.recipes.common.plots import heatmap, image_table, loss_curve
-from leaven.recipes.common.run_folder import RunFolder, open_run
+from leaven.recipes.common.run_folder import RunFolder, open_run, writing
 from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import LoopSettings, leave_group, read_settings, start
 
@@ -119,7 +120,7 @@ class DiffusionSettings(LoopSettings):
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags; train, or open a model, and classify."""
-    settings = read_settings(DiffusionSettings, argv)
+    settings = read_settings(DiffusionSettings, argv, recipe="diffusion_features")
     if settings.model is not None:
         return read(settings)
     if settings.dry_run:
@@ -198,6 +199,13 @@ def train(settings: DiffusionSettings, data: Data) -> None:
 
 def check(opened: Opened, images: Images, settings: DiffusionSettings) -> None:
     """What would be found wrong after the training only: can the network take these images, are the probes possible?"""
+    try:
+        inspect.signature(opened.model.forward).bind(None, None)
+    except TypeError:
+        raise UserError(
+            f"--backbone {settings.backbone} is no denoiser: it must be a network called as net(x_t, t), such as "
+            "leaven.pretext.diffusion:small_unet"
+        ) from None
     device = next(opened.model.parameters()).device
     with user_errors(ValueError):
         blank = torch.zeros(1, settings.in_chans, *images.size, device=device)
@@ -270,7 +278,8 @@ def judge(
         if who == "trained network":
             draw_grid(result["grid"], run.plots / "grid.png")
             if settings.head != "none":
-                top1 = head(settings, parts, best.cell, chosen, len(data.classes))
+                kept_in = run.path / "head.pt"
+                top1 = head(settings, parts, best.cell, chosen, len(data.classes), kept_in)
                 results.append({"who": who, "head": settings.head, "cell": list(best.cell), "top1": top1})
                 scores.append((f"{who}, {settings.head} head, top-1", f"{top1:.2%}"))
                 lines.append(f"{who}, {settings.head} head on {best.cell}: top-1 {top1:.2%}")
@@ -324,13 +333,17 @@ def told(parts: Parts, kept: Tensor, validation: Tensor, chosen: Tensor) -> tupl
     return {"top1": final.accuracy[0], "cell": list(best.cell), "l2": best.l2, "grid": table}, best
 
 
-def head(settings: DiffusionSettings, parts: Parts, cell: Cell, chosen: Tensor, classes: int) -> float:
-    """Top-1 of a head that is trained on the standardised maps of a cell."""
+def head(
+    settings: DiffusionSettings, parts: Parts, cell: Cell, chosen: Tensor, classes: int, path: Path
+) -> float:
+    """Top-1 of a head that is trained on the standardised maps of a cell, and written to `path`."""
     (train, y), (val, y_val) = parts["train"], parts["val"]
     maps = train[cell][chosen]
     mean, std = maps.mean(0), maps.std(0).clamp_min(1e-6)
     torch.manual_seed(settings.seed)
-    made = make_head(settings.head, maps.shape[1], maps.shape[2], classes)  # type: ignore[arg-type]
+    made_with: dict[str, Any] = {"kind": settings.head, "channels": maps.shape[1], "side": maps.shape[2]}
+    made_with["classes"] = classes
+    made = make_head(**made_with)
     with user_errors(FloatingPointError):
         fit_heads(
             {cell: made},
@@ -339,6 +352,9 @@ def head(settings: DiffusionSettings, parts: Parts, cell: Cell, chosen: Tensor, 
             steps=settings.head_steps,
             seed=settings.seed,
         )
+    with writing(path):
+        state = {"arguments": made_with, "state_dict": made.state_dict()}
+        torch.save(state | {"cell": list(cell), "mean": mean, "std": std}, path)
     with torch.no_grad():
         logits = torch.cat([made((part - mean) / std) for part in val[cell].split(512)])
     return float((logits.argmax(1) == y_val).double().mean())

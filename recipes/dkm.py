@@ -21,6 +21,7 @@ from leaven.bayes import DeepKernelMachine, calibration, reliability_plot
 from leaven.bayes.calibration import auroc
 from leaven.bayes.deep_kernel_machine import fit
 from leaven.recipes.common.flags import UserError, flag, parse, run_main
+from leaven.recipes.common.run_folder import writing
 from leaven.recipes.common.study import StudySettings, conduct, features, share_threads
 from leaven.recipes.common.tables import Scale, open_table
 
@@ -63,11 +64,32 @@ def main(argv: list[str] | None = None) -> None:
 
 def build(settings: DKMSettings, x: Tensor, outputs: int, nu: str, likelihood: Any) -> DeepKernelMachine:
     """A fresh machine for this training part."""
-    inducing = min(settings.inducing, len(torch.unique(x, dim=0)))
-    return DeepKernelMachine(
-        x.shape[1], outputs, settings.depth, inducing, float(nu), settings.kernel, likelihood,
-        ard=settings.ard, skr=settings.skr,
-    )  # fmt: skip
+    return DeepKernelMachine(**arguments(settings, x, outputs, nu, likelihood))
+
+
+def arguments(settings: DKMSettings, x: Tensor, outputs: int, nu: str, likelihood: Any) -> dict[str, Any]:
+    """What that machine is built with."""
+    return {
+        "in_features": x.shape[1],
+        "out_features": outputs,
+        "depth": settings.depth,
+        "n_inducing": min(settings.inducing, len(torch.unique(x, dim=0))),
+        "nu": float(nu),
+        "kernel": settings.kernel,
+        "likelihood": likelihood,
+        "ard": settings.ard,
+        "skr": settings.skr,
+    }
+
+
+def keep(
+    machine: DeepKernelMachine, made_with: dict[str, Any], folder: str, name: str, **more: Tensor
+) -> None:
+    """Write the trained machine to ``machines/NAME.pt``: what it is built with, its state, what else it needs."""
+    path = Path(folder) / "machines" / f"{name}.pt"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"arguments": made_with, "state_dict": machine.state_dict(), **more}, path)
 
 
 def learn(
@@ -111,6 +133,9 @@ def on_table(settings: DKMSettings, folder: str, split: int, seed: int) -> dict[
     inputs, targets = Scale(table.x[train]), Scale(table.y[train])
     x, y = inputs(table.x[train]), targets(table.y[train])
     machine, nu = learn(settings, x, y, y.shape[1], seed, "gaussian")
+    made_with = arguments(settings, x, y.shape[1], nu, "gaussian")
+    scales = {"x_mean": inputs.mean, "x_std": inputs.std, "y_mean": targets.mean, "y_std": targets.std}
+    keep(machine, made_with, folder, f"split{split}-seed{seed}", **scales)
     with torch.no_grad():
         prediction = machine(inputs(table.x[test]))
     truth = targets(table.y[test]).double()
@@ -125,6 +150,8 @@ def on_features(settings: DKMSettings, folder: str, split: int, seed: int) -> di
     found = torch.load(Path(folder) / "inputs.pt")
     (x, y), (x_val, y_val) = found["train"], found["val"]
     machine, nu = learn(settings, x, y, int(y.max()) + 1, seed, "categorical")
+    made_with = arguments(settings, x, int(y.max()) + 1, nu, "categorical")
+    keep(machine, made_with, folder, f"split{split}-seed{seed}")
     with torch.no_grad():
         prediction = machine(x_val)
         scores = calibration(prediction.probs(), y_val)

@@ -62,7 +62,7 @@ class RotNetSettings(PretrainSettings):
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and train."""
-    settings = read_settings(RotNetSettings, argv)
+    settings = read_settings(RotNetSettings, argv, recipe="rotnet")
     if settings.dry_run:
         return dry_run(train, settings, classes=2 if "knn" in settings.callbacks else 0)
     train(settings, find_data(settings))

@@ -18,11 +18,11 @@ from torch import nn
 
 from leaven.backbones import WeightsMismatch, create, data_config, load, metadata, resolve
 from leaven.pretext import NoTail, ScaleKD, count_correct
-from leaven.recipes.common.batches import Images, find_data, user_errors
+from leaven.recipes.common.batches import Images, find_data, rebuild, user_errors
 from leaven.recipes.common.dry_run import dry_run
 from leaven.recipes.common.flags import UserError, flag, run_main
 from leaven.recipes.common.start import read_settings
-from leaven.recipes.train import Method, TrainSettings, surgery, train
+from leaven.recipes.train import Method, TrainSettings, train
 
 
 @dataclass
@@ -70,12 +70,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and train."""
-    settings = read_settings(ScaleKDSettings, argv, PRESETS)
+    settings = read_settings(ScaleKDSettings, argv, PRESETS, recipe="scalekd")
     distil = partial(train, method=METHOD)
     if settings.dry_run:
-        return dry_run(
-            distil, replace(settings, labels=None, labels_seed=0), classes=10, surgery=surgery(settings)
-        )
+        return dry_run(distil, replace(settings, labels=None, labels_seed=0), classes=10)
     if settings.teacher_weights is None:
         raise UserError(
             "--teacher-weights: give FILE or pretrained; a teacher that has learnt nothing teaches nothing"
@@ -89,7 +87,7 @@ def distilled(
     """The objective, with the teacher's own accuracy."""
     teacher, (mean, std) = load_teacher(settings, images)
     names = ("tau", "alpha_spatial", "alpha_freq", "kd_weight", "kd_temperature", "reduction", "smoothing")
-    with user_errors(NoTail):
+    try:
         objective = ScaleKD(
             student,
             teacher,
@@ -99,6 +97,8 @@ def distilled(
             student_statistics=(tuple(images.mean), tuple(images.std)),
             teacher_statistics=(tuple(mean), tuple(std)),
         ).to(device)
+    except NoTail as error:  # what else it names can be given in Python alone
+        raise UserError(f"--teacher {settings.teacher}: {str(error).partition(', or give')[0]}") from error
     try:
         objective.check_image_size(*images.size)
     except ValueError as error:
@@ -136,6 +136,7 @@ def load_teacher(settings: ScaleKDSettings, images: Images) -> tuple[nn.Module, 
         moments = tuple(images.mean), tuple(images.std)
     if weights is not None and not pretrained:
         with user_errors(FileNotFoundError, WeightsMismatch):
+            rebuild(teacher, weights)
             load(teacher, weights)
             notes = metadata(weights)
         if "mean" in notes:

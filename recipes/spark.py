@@ -77,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and train."""
-    settings = read_settings(SparkSettings, argv, PRESETS)
+    settings = read_settings(SparkSettings, argv, PRESETS, recipe="spark")
     if settings.dry_run:
         return dry_run(train, settings, classes=2 if "knn" in settings.callbacks else 0)
     train(settings, find_data(settings))

@@ -7,10 +7,10 @@
 Without --data it trains on scikit-learn's digits: a smoke test that takes minutes on a laptop, and no evidence.
 """
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from leaven.backbones import layer_groups, resolve
 from leaven.backbones.probe import UNSUITABLE, reason_of, untouched
-from leaven.callbacks import AttachError, EvoNorm, TrAct, attach, evo_norm, replace_norm_act
+from leaven.callbacks import AttachError, EvoNorm, TrAct, attach
 from leaven.pretext import Output, Supervised
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
@@ -147,18 +147,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and train."""
-    settings = read_settings(TrainSettings, argv, PRESETS)
+    settings = read_settings(TrainSettings, argv, PRESETS, recipe="train")
     if settings.dry_run:
-        return dry_run(
-            train, replace(settings, labels=None, labels_seed=0), classes=10, surgery=surgery(settings)
-        )
+        return dry_run(train, replace(settings, labels=None, labels_seed=0), classes=10)
     train(settings, find_data(settings))
-
-
-def surgery(settings: TrainSettings) -> Callable[[nn.Module], object] | None:
-    """What --callbacks evonorm_... does to the plain network."""
-    kinds = settings.evonorms
-    return partial(replace_norm_act, factory=partial(evo_norm, kinds[0])) if kinds else None
 
 
 def supervised(
@@ -206,12 +198,20 @@ def train(settings: TrainSettings, data: Data, method: Method = SUPERVISED) -> N
     held_out = images.whole(data.val, len(data.val), crop_pct=settings.crop_pct, share=share)
     ema = settings.average()
     validation = Validation(held_out, settings.eval_every * plan.updates_per_epoch, accelerator, ema)
-    evonorms = [EvoNorm(kind) for kind in settings.evonorms]
+    there = images.notes.get("evonorm")  # from --init
+    if there and settings.evonorms not in ([], [there]):
+        raise UserError(
+            f"--init {settings.init} has EvoNorm-{there}: leave --callbacks evonorm_{settings.evonorms[0]} out"
+        )
+    evonorms = [EvoNorm(kind) for kind in settings.evonorms if not there]
     # Whole updates: what is learnt does not depend on --grad-accum-steps.
     tract = TrAct(settings.tract_lam, when="step") if "tract" in settings.callbacks else None
     observers = [each for each in (tract, curriculum, ema, validation) if each is not None]
     with user_errors(AttachError):
         callbacks = attach(objective, optimizer, *evonorms, *observers, total_steps=plan.total)
+    for each in evonorms:
+        if not each.report.replaced:
+            raise UserError(f"--callbacks evonorm_{each.kind}: {each.report.summary()[0]}; leave it out")
     lines = [repr(tract)] if tract is not None else []
     lines += [f"EvoNorm-{each.kind}: {line}" for each in evonorms for line in each.report.summary()]
     for line in lines:
@@ -283,6 +283,8 @@ def conclude(
     data, size, classes = images.data, images.size, len(images.data.classes)
     loss_curve(run.rows(), run.plots / "loss.png", f"{settings.backbone} on {data.name}")
     notes = {"method": method.title, **images.notes, "num_classes": classes}
+    notes |= {"classes": json.dumps(list(data.classes), ensure_ascii=False)}
+    notes |= {"evonorm": settings.evonorms[0]} if settings.evonorms else {}
     with user_errors(OSError):
         objective.export(run.backbone, name=settings.backbone, **notes)
         if validation.ema is not None:
@@ -303,23 +305,20 @@ def conclude(
         resolve(settings.backbone),
         method.title,
         method.paper if settings.init is None else f"from {settings.init}",
-        data=about,
+        data=[*about, named(data.classes)],
         how=how + lines,
         results=results,
         in_chans=settings.in_chans,
         num_classes=classes,
-        surgery=[line for kind in settings.evonorms for line in _code(kind)],
     )
     print(f"run folder: {run.path} (weights, model card, log, plots/loss.png)")
 
 
-def _code(kind: str) -> list[str]:
-    """For the model card."""
-    return [
-        "from functools import partial",
-        "from leaven.callbacks import evo_norm, replace_norm_act",
-        f'replace_norm_act(backbone, partial(evo_norm, "{kind}"))',
-    ]
+def named(classes: Sequence[str], most: int = 20) -> str:
+    """Which class has which number, for the model card."""
+    more = ", ..." if len(classes) > most else ""
+    listed = ", ".join(f"{number} {name}" for number, name in enumerate(classes[:most]))
+    return f"classes: {listed}{more} (all are in the weights' metadata, as `classes`)"
 
 
 if __name__ == "__main__":

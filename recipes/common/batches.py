@@ -1,9 +1,11 @@
 """Loaders for training and for evaluation, and the backbone, from the common flags."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +14,7 @@ from accelerate import Accelerator, PartialState
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from leaven.callbacks import NoEffectWarning, evo_norm, replace_norm_act
 from leaven.recipes.common.augment import DeviceAugment, TrainTransform, Transform, eval_transform
 from leaven.recipes.common.data import Data, KeyedDataset, KeyedLoader, make_loader, open_data, spread
 from leaven.recipes.common.decode import Reduction
@@ -91,6 +94,7 @@ def build_backbone(
         ) from error
     if settings.init is not None and not pretrained:
         with user_errors(FileNotFoundError, WeightsMismatch):
+            rebuild(backbone, settings.init)
             if classes is None:
                 load(backbone, settings.init)
             else:
@@ -106,6 +110,31 @@ def build_backbone(
             )
         switch()
     return backbone
+
+
+def rebuild(backbone: nn.Module, weights: str) -> None:
+    """Give the plain network the EvoNorm that the weights were trained with, if their file notes one.
+
+    Raises:
+        FileNotFoundError, WeightsMismatch: it is no file of weights.
+        UserError: no BatchNorm of the network can be replaced.
+    """
+    from leaven.backbones import metadata
+
+    if kind := metadata(weights).get("evonorm"):
+        print_once(f"{weights}: BatchNorm replaced by EvoNorm-{kind}, as noted in the file")
+        put_evonorm(backbone, kind)
+
+
+def put_evonorm(backbone: nn.Module, kind: str) -> None:
+    """Replace each BatchNorm and its activation by EvoNorm, in place.
+
+    Raises:
+        UserError: none can be replaced.
+    """
+    with warnings.catch_warnings(), user_errors(NoEffectWarning, ValueError):
+        warnings.simplefilter("error", NoEffectWarning)
+        replace_norm_act(backbone, partial(evo_norm, kind))
 
 
 def print_once(line: str) -> None:
@@ -149,8 +178,13 @@ class Images:
     @property
     def notes(self) -> dict[str, Any]:
         """What a weights file should tell about the images that it was trained on."""
+        from leaven.backbones import metadata
+
         moments = {"mean": json.dumps(list(self.mean)), "std": json.dumps(list(self.std))}
-        return {"data": self.data.name, "in_chans": self.settings.in_chans, **moments}
+        init = self.settings.init
+        surgery = {} if init in (None, "pretrained") else metadata(init)
+        kept = {"evonorm": surgery["evonorm"]} if "evonorm" in surgery else {}
+        return {"data": self.data.name, "in_chans": self.settings.in_chans, **moments, **kept}
 
     def __str__(self) -> str:
         numbers = [", ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std)]

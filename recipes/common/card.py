@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from leaven import __version__
+from leaven.backbones import metadata
 from leaven.backbones.build import AUXILIARY
 from leaven.recipes.common.launcher import PROGRAMS, find_launcher
 from leaven.recipes.common.run_folder import RunFolder
@@ -27,7 +28,6 @@ def write_card(
     results: Sequence[tuple[str, str]],
     in_chans: int = 3,
     num_classes: int = 0,
-    surgery: Sequence[str] = (),
 ) -> None:
     """Write README.md.
 
@@ -40,11 +40,20 @@ def write_card(
         results: (what, value), in the order to show.
         in_chans: channels that the backbone reads.
         num_classes: of its classifier, 0 for none.
-        surgery: lines of code that make the plain `backbone` what was trained.
 
     Raises:
         UserError: it cannot be written.
     """
+    kind = metadata(run.backbone).get("evonorm") if run.backbone.is_file() else None
+    surgery = (
+        []
+        if kind is None
+        else [
+            "from functools import partial",
+            "from leaven.callbacks import evo_norm, replace_norm_act",
+            f'replace_norm_act(backbone, partial(evo_norm, "{kind}"))',
+        ]
+    )
     name = backbone.removeprefix("tv:")
     channels = "" if in_chans == 3 else f", in_chans={in_chans}"
     classes = f", num_classes={num_classes}" if num_classes else ""
@@ -85,7 +94,7 @@ def write_card(
         "",
         "## How it was made",
         "",
-        f"    {command()}",
+        f"    {run.made_by[1] if run.made_by else command()}",
         "",
         *(f"- {line}" for line in how),
         "- all settings: config.yaml; log: metrics.jsonl",

@@ -85,6 +85,15 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def identity_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint says about its run, without reading its tensors; empty where it cannot be told."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
+        return {}  # `load` will say what is wrong
+    return dict(state.get("identity", {})) if isinstance(state, dict) else {}
+
+
 def listing(folder: Path) -> list[Path]:
     """The complete checkpoints in ``folder``, newest first, without files that were never finished."""
     if not folder.is_dir():

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
 
-from leaven.backbones import create, load, resolve
+from leaven.backbones import create, load, metadata, resolve
+from leaven.recipes.common.batches import rebuild
 from leaven.recipes.common.checkpoint import listing
 from leaven.recipes.common.checkpoint import load as load_checkpoint
 from leaven.recipes.common.data import Data
@@ -27,7 +27,6 @@ def dry_run(
     train: Callable[[S, Data], None],
     settings: S,
     classes: int = 0,
-    surgery: Callable[[nn.Module], object] | None = None,
 ) -> None:
     """Train two updates on noise, again from the checkpoint between them, and load what was exported.
 
@@ -35,7 +34,6 @@ def dry_run(
         train: the recipe; it prints and writes its run folder as always.
         settings: of a real run; what makes it long or needs data is replaced.
         classes: label the noise with so many classes, for a recipe that needs labels.
-        surgery: makes the plain backbone what is exported.
 
     Raises:
         UserError: more than one process.
@@ -70,19 +68,20 @@ def dry_run(
         train(replace(small, resume="auto"), data)
         after = load_checkpoint(listing(run.checkpoints)[0])["model"]
         apart = max(float((before[key].double() - after[key].double()).abs().max()) for key in before)
-        if surgery is None:
+        notes = metadata(run.backbone)
+        after = " after its surgery" if "evonorm" in notes else ""
+        if "evonorm" not in notes:
             load(resolve(settings.backbone), run.backbone, image_size=size)
         else:
-            plain = create(
-                settings.backbone, in_chans=settings.in_chans, num_classes=classes, image_size=size
-            )
-            surgery(plain)
+            head = int(notes.get("num_classes", 0))
+            plain = create(settings.backbone, in_chans=settings.in_chans, num_classes=head, image_size=size)
+            rebuild(plain, str(run.backbone))
             load(plain, run.backbone)
         print(
             f"dry run: resumed from {first.name}; weights differ by at most {apart:g} from those without the break"
         )
         print(
-            f"dry run: exported weights load into the plain backbone{' after its surgery' if surgery else ''}; all "
+            f"dry run: exported weights load into the plain backbone{after}; all "
             "works here (on noise in place of the data)"
         )
 

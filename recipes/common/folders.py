@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -59,7 +60,9 @@ def split_folder(root: str, seed: int = 0, held_out: float = 0.1) -> FolderSplit
     """
     if not os.path.isdir(root):
         what = "is a file, not a folder" if os.path.exists(root) else "is no such folder"
-        raise UserError(f"--data {show_path(root)} {what}; give digits, tv:NAME@ROOT, or a folder of images")
+        raise UserError(
+            f"--data {show_path(root)} {what}; give digits, tv:NAME@ROOT, hf:NAME, or a folder of images"
+        )
     try:
         listing = _look(root)
     except OSError as error:
@@ -159,7 +162,11 @@ def _hold_out(root: str, listing: _Listing, seed: int, share: float) -> FolderSp
             if listing.others
             else "nothing"
         )
-        raise UserError(f"--data {show_path(root)} holds no images ({', '.join(SUFFIXES)}), {others}")
+        parquet = any(name.endswith(".parquet") for name in listing.others) or any(
+            Path(root).glob("*/*.parquet")
+        )
+        hint = f"; for its Parquet files give --data hf:{show_path(root)}" if parquet else ""
+        raise UserError(f"--data {show_path(root)} holds no images ({', '.join(SUFFIXES)}), {others}{hint}")
     if n == 1:
         raise UserError(
             f"--data {show_path(root)} holds one image; two are needed, one to train on and one held out"

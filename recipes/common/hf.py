@@ -69,7 +69,8 @@ def open_hf(
     """
     name, split, config = parse(spec)
     builder, files = _find(spec, name, split, config)
-    columns = choose_columns(spec, _features(builder, files[split][0]), image, label)
+    features = _features(builder, files[split][0])
+    columns = choose_columns(spec, features, image, label)
     make = partial(open_parquet, spec, builder.storage_options, in_chans, max_bad_images, buffer)
     train: ParquetSource = make(files[split], columns)
     why = _label(spec, train)
@@ -86,6 +87,14 @@ def open_hf(
     kept = min(1.0, train.kept() / len(train.blocks)) * train.stored_bytes / 2**20
     columns = train.columns
     classes = f"{len(columns.classes)} classes in {columns.label}" if columns.classes else "no labels"
+    if columns.label is None and not why and (others := [each for each in features if each != columns.image]):
+        notes.append(f"no column is of classes: name one of {', '.join(others)} with --label-column if it is")
+    splits = sorted({s for s in VAL_NAMES for file in files[split] if os.path.basename(file).startswith(s)})
+    if splits and split == "train" and any(character in name for character in "*?["):
+        folder = os.path.dirname(name)
+        notes.append(
+            f"files named {', '.join(splits)} are trained on too: give the folder, hf:{folder}, for splits"
+        )
     found = f"{name}, {split}: {stored}, {how}; images in {columns.image}, {classes}"
     order = (
         f"read row group by row group, these in random order, rows within about {buffer} (--shuffle-buffer), "

@@ -1,6 +1,7 @@
 """The one training loop, on accelerate. It does not know which method it trains."""
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from leaven.callbacks import Attached
 from leaven.pretext import Output
+from leaven.recipes.common.card import command
 from leaven.recipes.common.data import KeyedLoader
 from leaven.recipes.common.flags import UserError, to_yaml
 from leaven.recipes.common.launcher import stop_with_launcher
@@ -106,7 +108,7 @@ def fit(
     if signum:
         accelerator.print(
             f"stopped by signal {signum}: update {update} of {plan.total} is saved; "
-            f"go on with --output-dir {run.path} --resume auto"
+            f"go on with --resume {shlex.quote(str(run.path))}"
         )
         accelerator.end_training()
         sys.exit(exit_code(signum))
@@ -216,10 +218,12 @@ def _exchange(
 
 def _record(run: RunFolder, settings: LoopSettings, update: int) -> None:
     """Write the settings, less those of this one start; take back log lines that will come again."""
-    run.write(
-        run.config,
-        to_yaml(replace(settings, resume=None, resume_changed=False, output_dir=None, dry_run=False)),
-    )
+    settings = replace(settings, resume=None, resume_changed=False, output_dir=None, dry_run=False)
+    made_by = run.made_by or (
+        run.recipe,
+        " ".join(command().splitlines()),
+    )  # a run that goes on was made by its first command
+    run.write(run.config, "".join(f"# {line}\n" for line in made_by) + to_yaml(settings))
     run.forget_after(update)
 
 

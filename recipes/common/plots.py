@@ -22,6 +22,7 @@ def loss_curve(
         level: a loss worth a horizontal line, and what it means.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps = [row["step"] for row in rows]
     losses = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
@@ -29,11 +30,14 @@ def loss_curve(
     smooth = losses.unfold(0, window, 1).mean(1).tolist()
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, losses.tolist(), linewidth=0.6, alpha=0.4, label="each update")
-    axes.plot(steps[window - 1 :], smooth, linewidth=1.5, label=f"mean of {window}")
+    light: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.4} if window > 1 else {"linewidth": 1.5}
+    axes.plot(steps, losses.tolist(), label="each update", **light)
+    if window > 1:
+        axes.plot(steps[window - 1 :], smooth, linewidth=1.5, label=f"mean of {window}")
     if level is not None:
         axes.axhline(level[0], color="grey", linestyle="--", linewidth=0.8, label=level[1])
     axes.set(title=title, xlabel="update", ylabel="loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -91,7 +95,7 @@ def bars(rows: Mapping[str, Mapping[str, float]], path: Path, title: str, label:
     axes.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
     axes.set(title=title, ylabel=label)
     axes.grid(alpha=0.3, axis="y")
-    axes.legend()
+    figure.legend(loc="outside right upper")  # beside the bars, not on them
     _save(figure, path)
 
 
@@ -138,11 +142,13 @@ def heatmap(values: Mapping[str, Mapping[str, float]], path: Path, title: str) -
     figure = Figure(figsize=(2 + 0.7 * len(names), 1.5 + 0.4 * len(values)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(table, aspect="auto")
+    low, high = min(map(min, table)), max(map(max, table))
     axes.set_xticks(range(len(names)), names, rotation=60, fontsize=7)
     axes.set_yticks(range(len(values)), list(values), fontsize=8)
     for y, row in enumerate(table):
         for x, value in enumerate(row):
-            axes.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=6, color="white")
+            ink = "black" if value - low > 0.6 * (high - low) else "white"  # the upper colours are bright
+            axes.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=6, color=ink)
     axes.set_title(title, fontsize=9)
     _save(figure, path)
 

@@ -16,7 +16,7 @@ from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.run_folder import RunFolder
 from leaven.recipes.common.sampler import KeyedBatchSampler
 from leaven.recipes.common.schedule import Plan
-from leaven.recipes.common.start import LoopSettings, on_main
+from leaven.recipes.common.start import LoopSettings, differences, not_exactly, on_main
 
 
 @dataclass
@@ -82,9 +82,7 @@ class Training:
 
         found = on_main(newest)
         if found is None:
-            self.accelerator.print(
-                f"--resume auto: no checkpoint in {self.run.path} yet, starting from the beginning"
-            )
+            self.accelerator.print(f"no checkpoint in {self.run.path} yet, starting from the beginning")
             return 0
         path, notes = found
         for note in notes:
@@ -111,17 +109,13 @@ class Training:
     def _changes(self, state: Mapping[str, Any]) -> list[str]:
         """What differs from the run that wrote `state`, in words."""
         before, now = state["identity"], self.identity()
-        names = [*before, *(name for name in now if name not in before)]
-        changed = [f"{n} {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)]
+        changed = differences(before, now)
         if not changed:
             return []
         if before.get("opt") != now.get("opt"):
             raise UserError(f"cannot resume {self.run.path} with another optimizer: {', '.join(changed)}")
         if not self.settings.resume_changed:
-            raise UserError(
-                f"cannot resume {self.run.path} exactly: {', '.join(changed)}; go back to the old values, "
-                "or add --resume-changed to go on all the same (not bit-equal)"
-            )
+            raise not_exactly(self.run, changed)
         self.accelerator.print(f"warning: resuming with changes, not bit-equal: {', '.join(changed)}")
         return changed
 

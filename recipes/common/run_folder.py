@@ -1,7 +1,7 @@
 """The run folder: where a run writes, how it is found again, and what must not be overwritten.
 
 runs/spark-convnext_t-20260101-120000/
-    config.yaml          the settings; `--config` reads it back
+    config.yaml          recipe, command and settings; `--config` reads it back
     metrics.jsonl        one line per optimizer update
     checkpoints/         update-000000123.pt
     backbone.safetensors the result
@@ -27,14 +27,23 @@ from leaven.recipes.common.flags import UserError
 class RunFolder:
     """Paths of one run, and its log."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, recipe: str = "") -> None:
         self.path = path
+        self.recipe = recipe
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.backbone = path / "backbone.safetensors"
         self.card = path / "README.md"
         self.plots = path / "plots"
+
+    @property
+    def made_by(self) -> tuple[str, str] | None:
+        """The recipe and the command line that began the run, where config.yaml tells."""
+        lines = self.config.read_text(encoding="utf-8").splitlines() if self.config.is_file() else []
+        if len(lines) < 2 or not (lines[0].startswith("# ") and lines[1].startswith("# ")):
+            return None
+        return lines[0][2:], lines[1][2:]
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -99,7 +108,7 @@ def open_run(recipe: str, backbone: str, *, output_dir: str | None, resume: str 
             raise UserError(f"--resume {resume} goes on in that folder; drop --output-dir {output_dir}")
         if not listing(path / "checkpoints"):
             raise UserError(f"--resume {resume}: no checkpoint in {path / 'checkpoints'}")
-        return _writable(RunFolder(path))
+        return _writable(RunFolder(path, recipe))
     if output_dir is not None:
         path = Path(output_dir)
         if path.exists() and not path.is_dir():
@@ -109,18 +118,20 @@ def open_run(recipe: str, backbone: str, *, output_dir: str | None, resume: str 
                 f"--output-dir {output_dir} is not empty; choose another, "
                 "or continue the run in it with --resume auto"
             )
-        return _writable(RunFolder(path))
+        return _writable(RunFolder(path, recipe))
     stem = f"{recipe}-{re.sub(r'[^A-Za-z0-9_.]+', '_', backbone)}"
     if resume == "auto":
         earlier = [path for path in Path("runs").glob(f"{stem}-[0-9]*") if listing(path / "checkpoints")]
         if earlier:
             return _writable(
-                RunFolder(max(earlier, key=lambda path: listing(path / "checkpoints")[0].stat().st_mtime))
+                RunFolder(
+                    max(earlier, key=lambda path: listing(path / "checkpoints")[0].stat().st_mtime), recipe
+                )
             )
     path = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     while path.exists():
         path = path.with_name(f"{path.name}b")
-    return _writable(RunFolder(path))
+    return _writable(RunFolder(path, recipe))
 
 
 # What there is of a run before its first step: how it was set up, and nothing that it found.

@@ -20,6 +20,7 @@ from accelerate.utils import (
 from torch import nn
 
 from leaven.backbones import resolve as known_backbone
+from leaven.recipes.common.checkpoint import identity_of, listing
 from leaven.recipes.common.flags import CommonSettings, UserError, flag, parse
 from leaven.recipes.common.launcher import asked_processes, find_launcher, set_threads
 from leaven.recipes.common.run_folder import RunFolder, open_run
@@ -64,6 +65,7 @@ def read_settings(
     settings_class: type[S],
     argv: Sequence[str] | None,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
+    recipe: str = "",
 ) -> S:
     """`parse`; with ``--resume FOLDER`` the folder's own config.yaml lies below the flags."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -71,6 +73,12 @@ def read_settings(
     if settings.resume not in (None, "auto"):
         config = Path(str(settings.resume)) / "config.yaml"
         if config.is_file():
+            known = RunFolder(config.parent).made_by
+            made = known[0] if known else recipe
+            if recipe and made != recipe:
+                raise UserError(
+                    f"--resume {settings.resume} is a run of recipes/{made}.py, and this is {recipe}.py"
+                )
             settings = parse(settings_class, ["--config", str(config), *argv], presets=presets)
     return settings
 
@@ -114,6 +122,7 @@ def start(settings: S, recipe: str) -> tuple[Accelerator, RunFolder, S]:
     run = on_main(
         lambda: open_run(recipe, settings.backbone, output_dir=settings.output_dir, resume=settings.resume)
     )
+    on_main(lambda: refuse_changes(run, settings))
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=settings.mixed_precision,
@@ -130,6 +139,36 @@ def start(settings: S, recipe: str) -> tuple[Accelerator, RunFolder, S]:
         accelerator.init_trackers(recipe, config=config)
     set_seed(settings.seed)
     return accelerator, run, settings
+
+
+def refuse_changes(run: RunFolder, settings: LoopSettings) -> None:
+    """What `Training.resume` would refuse by the settings alone, before anything expensive runs.
+
+    Raises:
+        UserError: a setting differs from the newest checkpoint's, and ``--resume-changed`` was not given.
+    """
+    newest = listing(run.checkpoints)[:1]
+    if settings.resume is None or settings.resume_changed or not newest:
+        return
+    before, now = identity_of(newest[0]), settings.trajectory()
+    if not before:
+        return
+    if changed := differences({name: before[name] for name in now if name in before}, now):
+        raise not_exactly(run, changed)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two runs, in words."""
+    names = [*before, *(name for name in now if name not in before)]
+    return [f"{n} {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)]
+
+
+def not_exactly(run: RunFolder, changed: Sequence[str]) -> UserError:
+    """Why a run cannot go on, and what to do."""
+    return UserError(
+        f"cannot resume {run.path} exactly: {', '.join(changed)}; go back to the old values (--resume {run.path} alone "
+        "takes them), or add --resume-changed to go on all the same (not bit-equal)"
+    )
 
 
 def _not_ddp(name: str) -> UserError:

@@ -23,9 +23,10 @@ from leaven.backbones import resolve as known_backbone
 from leaven.bayes.deep_kernel_machine import normalised
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import command
-from leaven.recipes.common.data import KeyedLoader
+from leaven.recipes.common.data import Data, KeyedLoader
+from leaven.recipes.common.decode import SUFFIXES
 from leaven.recipes.common.few_labels import keep_few
-from leaven.recipes.common.flags import ImageSettings, UserError, flag, to_yaml
+from leaven.recipes.common.flags import SHUFFLE_BUFFER, ImageSettings, UserError, flag, to_yaml
 from leaven.recipes.common.launcher import set_threads
 from leaven.recipes.common.probes import labelled_features, recalibrate
 from leaven.recipes.common.run_folder import RunFolder, open_run, writing
@@ -120,7 +121,15 @@ def numbers_of(trial: Trial, *args: Any, **kwargs: Any) -> dict[str, Any]:
 def about(settings: StudySettings) -> list[str]:
     """What is learnt from; an error before anything is made."""
     if settings.backbone == "none":
-        table = open_table(settings.data, settings.target, settings.seed)
+        try:
+            table = open_table(settings.data, settings.target, settings.seed)
+        except UserError as error:
+            named = settings.data == "digits" or settings.data.startswith(("tv:", "hf:"))
+            if named or _holds_images(settings.data):
+                raise UserError(
+                    f"--data {settings.data} is of images: add --backbone, whose features are learnt from"
+                ) from error
+            raise
         if table.splits and settings.splits > table.splits:
             raise UserError(f"--splits {settings.splits}: {settings.data} has {table.splits}")
         smoke = (
@@ -139,7 +148,22 @@ def about(settings: StudySettings) -> list[str]:
     if settings.splits != 1:
         raise UserError("--splits is of tables; images are split as they lie, see --seeds")
     known_backbone(settings.backbone)
-    return keep_few(find_data(settings), settings.labels, settings.seed).notes
+    return keep_few(images_of(settings, settings.data), settings.labels, settings.seed).notes
+
+
+def images_of(settings: StudySettings, spec: str) -> Data:
+    """The images of --data or --ood; the flags of hf: are for those of the two that are hf:."""
+    others = any(each is not None and each.startswith("hf:") for each in (settings.data, settings.ood))
+    if others and not spec.startswith("hf:"):
+        plain: dict[str, Any] = {"image_column": None, "label_column": None, "shuffle_buffer": SHUFFLE_BUFFER}
+        settings = replace(settings, **plain)
+    return find_data(replace(settings, data=spec))
+
+
+def _holds_images(folder: str) -> bool:
+    """Whether it is a folder with images in it or in a folder of it."""
+    found = (path for pattern in ("*", "*/*") for path in Path(folder).glob(pattern))
+    return any(path.name.lower().endswith(SUFFIXES) for path in found)
 
 
 def share_threads(jobs: int) -> None:
@@ -185,7 +209,7 @@ def collect(settings: StudySettings, cache: Path, what: Inputs) -> None:
     """
     if cache.is_file():
         return
-    data = keep_few(find_data(settings), settings.labels, settings.seed)
+    data = keep_few(images_of(settings, settings.data), settings.labels, settings.seed)
     size = settings.image_size or data.image_size
     torch.manual_seed(settings.seed)
     backbone = build_backbone(settings, size, classes=0)
@@ -194,7 +218,7 @@ def collect(settings: StudySettings, cache: Path, what: Inputs) -> None:
         print("\n".join(recalibrate({settings.backbone: backbone}, images)))
     parts = {"train": (images, data.train), "val": (images, data.val)}
     if settings.ood is not None:
-        other = find_data(replace(settings, data=settings.ood))
+        other = images_of(settings, settings.ood)
         parts["ood"] = (replace(images, data=other), other.val)
     found = {name: what(backbone, source.whole(part, len(part))) for name, (source, part) in parts.items()}
     temporary = cache.with_suffix(".tmp")
@@ -251,8 +275,8 @@ def stopping(what: str, run: RunFolder) -> Iterator[None]:
     except KeyboardInterrupt:
         signum = received[0] if received else int(signal.SIGINT)
         print(
-            f"{what} stopped by signal {signum}: what was trained is kept; go on with --output-dir {run.path} "
-            "--resume auto"
+            f"{what} stopped by signal {signum}: what was trained is kept; go on with the same flags and "
+            f"--output-dir {run.path} --resume auto"
         )
         sys.exit(exit_code(signum))
     finally:

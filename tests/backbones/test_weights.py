@@ -172,3 +172,36 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path) -> None:
     assert out.count("\n") == 1
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_equal_models_give_equal_files_that_others_may_read(tmp_path: Path) -> None:
+    """By the umask, as other files; safetensors alone writes for the owner, and its notes in random order."""
+    notes = {f"note {i}": 'ü "quoted"\n' for i in range(20)}
+    model = nn.Linear(2, 3)
+    for name in ("a", "b", "c"):
+        save(model, tmp_path / name, name=None, metadata=notes)
+    other = tmp_path / "other"
+    other.touch()
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    assert (tmp_path / "a").stat().st_mode == other.stat().st_mode
+    read = metadata(tmp_path / "a")
+    assert notes.items() <= read.items()
+    load(nn.Linear(2, 3), tmp_path / "a")
+
+
+def test_a_run_folder_means_its_backbone_rather_than_the_average(tmp_path: Path) -> None:
+    for name in ("backbone-ema", "backbone"):
+        save(nn.Linear(2, 3), tmp_path / f"{name}.safetensors", name=None)
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*/backbone\.safetensors\?$"):
+        load(nn.Linear(2, 3), tmp_path)
+
+
+def test_a_plain_network_and_weights_of_evonorm(tmp_path: Path) -> None:
+    save(nn.Linear(2, 3), tmp_path / "w", name=None, metadata={"evonorm": "s0"})
+    with pytest.raises(
+        WeightsMismatch, match=r"of a network with EvoNorm-s0, so build that first: .*replace_norm_act"
+    ):
+        load(nn.BatchNorm2d(3), tmp_path / "w")
+    with pytest.raises(WeightsMismatch) as rebuilt:  # what differs now is something else
+        load(nn.Linear(2, 4), tmp_path / "w")
+    assert "EvoNorm" not in str(rebuilt.value)

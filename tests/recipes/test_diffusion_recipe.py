@@ -11,7 +11,7 @@ import torch
 from recipe_programs import DIFFUSION, refusal
 
 from leaven.backbones import load
-from leaven.pretext.diffusion import UNet
+from leaven.pretext.diffusion import UNet, make_head
 
 Recipe = Callable[[Path], ModuleType]
 TINY = """
@@ -52,6 +52,11 @@ def test_it_trains_and_its_weights_are_read_again(recipe: Recipe, capsys: pytest
     assert len(results("out")[1]["grid"]) == 2 * 9 * 2  # clean and t = 20, nine blocks, two pools
     for name in ("loss", "samples", "grid"):
         assert Path(f"out/plots/{name}.png").stat().st_size > 5000
+    kept = torch.load("out/head.pt", weights_only=True)
+    head = make_head(**kept["arguments"])
+    head.load_state_dict(kept["state_dict"])
+    assert kept["cell"] == results("out")[2]["cell"]
+    assert kept["mean"].shape == (kept["arguments"]["channels"], *[kept["arguments"]["side"]] * 2)
     rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     load("tiny_net:tiny", "out/backbone.safetensors")
@@ -118,6 +123,12 @@ def test_wrong_flags(
     training = [] if "--model" in flags else [*NET, "--epochs", "1", "--limit-batches", "1"]
     assert message in refusal(lambda: module.main([*QUICK, *training, *flags]), capsys)
     assert not list(Path().glob("runs/*/metrics.jsonl"))  # nothing was trained first
+
+
+def test_a_backbone_that_is_no_denoiser(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*QUICK, "--backbone", "test_resnet", "--epochs", "1"]
+    said = refusal(lambda: recipe(DIFFUSION).main(flags), capsys)
+    assert "--backbone test_resnet is no denoiser: it must be a network called as net(x_t, t)" in said
 
 
 def test_a_model_is_read_by_one_process(

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from recipe_programs import DKM, refusal, start
 
+from leaven.bayes import DeepKernelMachine
 from leaven.recipes.common.flags import UserError, run_main
 from leaven.recipes.common.tables import open_table
 
@@ -210,6 +212,49 @@ def test_images(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "--labels 20: 200 of 1437 training images" in said
     assert "resnet10t: statistics of 14 BatchNorm layers taken anew" in said
+    found = torch.load("out/inputs.pt")
+    machine, _ = kept_machine("out")
+    accuracy = float((machine(found["val"][0]).probs().argmax(1) == found["val"][1]).double().mean())
+    assert accuracy == pytest.approx(trial["result"]["accuracy"])
+
+
+def kept_machine(folder: str) -> tuple[DeepKernelMachine, dict[str, Any]]:
+    """The trained machine of a run folder, as the page says."""
+    kept = torch.load(f"{folder}/machines/split0-seed0.pt", weights_only=True)
+    machine = DeepKernelMachine(**kept["arguments"])
+    machine.load_state_dict(kept["state_dict"])
+    return machine.eval(), kept
+
+
+def test_the_machine_of_a_table_is_kept(recipe: Recipe) -> None:
+    recipe(DKM).main(["--steps", "20", "--inducing", "10", "--nu", "1,10", "--output-dir", "out"])
+    (trial,) = results()["trials"].values()
+    machine, kept = kept_machine("out")
+    assert kept["arguments"]["nu"] == float(trial["result"]["nu"])
+    table = open_table("diabetes", None, 0)
+    _, test = table.split(0)
+    with torch.no_grad():
+        rows = (torch.as_tensor(table.x[test]) - kept["x_mean"]) / kept["x_std"]
+        told = machine(rows.float()).mean * kept["y_std"] + kept["y_mean"]
+    rmse = (told - torch.as_tensor(table.y[test])).square().mean().sqrt()
+    assert float(rmse) == pytest.approx(trial["result"]["rmse"], rel=1e-4)
+
+
+def test_columns_are_of_whichever_data_is_hf(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leaven.recipes.common import study
+
+    asked = []
+    monkeypatch.setattr(
+        study, "find_data", lambda settings: asked.append((settings.data, settings.label_column))
+    )
+    hf = study.StudySettings(backbone="resnet18", data="hf:a", label_column="y", ood="folder")
+    other = study.StudySettings(backbone="resnet18", data="folder", label_column="y", ood="hf:a")
+    none = study.StudySettings(backbone="resnet18", data="folder", label_column="y")
+    for settings in (hf, other):
+        study.images_of(settings, settings.data)
+        study.images_of(settings, str(settings.ood))
+    study.images_of(none, none.data)  # to be refused there
+    assert asked == [("hf:a", "y"), ("folder", None), ("folder", None), ("hf:a", "y"), ("folder", "y")]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +262,8 @@ def test_images(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--nu", "0"], "--nu 0: numbers greater than 0, or inf"),
         (["--nu", "much"], "--nu much: numbers greater than 0, or inf"),
+        (["--data", "digits"], "--data digits is of images: add --backbone"),
+        (["--data", "pictures"], "--data pictures is of images: add --backbone"),
         (["--data", "nowhere"], "--data nowhere: no such table"),
         (["--data", "empty"], "no data.txt in it"),
         (["--data", "text.txt"], "a table is a .csv or .parquet file"),
@@ -247,6 +294,8 @@ def test_wrong_flags(
     write_csv()
     write_folder()
     Path("empty").mkdir()
+    Path("pictures/a").mkdir(parents=True)
+    Path("pictures/a/1.png").touch()
     Path("text.txt").write_text("1 2 3")
     lines = Path("table.csv").read_text().splitlines()
     Path("short.csv").write_text("\n".join(lines[:10]))

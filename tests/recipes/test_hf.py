@@ -123,6 +123,22 @@ def test_unlabelled_images(tmp_path: Path) -> None:
     assert (data.classes, data.train.label(0)) == ((), None)
 
 
+def test_what_is_easily_missed_is_said(stored: Path, tmp_path: Path) -> None:
+    """Columns that may be the classes, held-out files that a pattern trains on, and a folder of Parquet files."""
+    feature = (datasets.Value("string"), ["x", "y"] * 15)
+    write(tmp_path / "text" / "a.parquet", range(30), label=feature)
+    (line,) = [note for note in open_data(f"hf:{tmp_path / 'text'}").notes if "--label-column" in note]
+    assert line == "no column is of classes: name one of label with --label-column if it is"
+    notes = open_data(f"hf:{stored}/*.parquet").notes
+    assert f"files named test are trained on too: give the folder, hf:{stored}, for splits" in notes
+    assert not any("trained on too" in note for note in open_data(f"hf:{stored}").notes)
+    assert not any("trained on too" in note for note in open_data(f"hf:{stored}/train*.parquet").notes)
+    with pytest.raises(
+        UserError, match=f"holds no images .*; for its Parquet files give --data hf:{stored}$"
+    ):
+        open_data(str(stored))
+
+
 def test_hidden_labels_are_no_labels(stored: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -237,9 +237,12 @@ def test_many_interruptions_are_as_good_as_none(tiny: Callable[..., Path], whole
     assert equal_runs(whole, tiny("broken", "--resume", "auto"))
 
 
-def test_resume_by_folder_needs_no_other_flag(recipe: Recipe, tiny: Callable[..., Path], whole: Path) -> None:
+def test_resume_by_folder_needs_no_other_flag(
+    recipe: Recipe, tiny: Callable[..., Path], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         tiny("broken", "--kill-at", "7")
+    assert capsys.readouterr().out.strip().endswith("is saved; go on with --resume broken")
     recipe(TINY).main(["--resume", "broken"])
     assert equal_runs(whole, Path("broken"))
 

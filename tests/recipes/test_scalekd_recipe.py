@@ -129,4 +129,6 @@ def test_a_teacher_of_no_family_is_refused(recipe: Recipe, capsys: pytest.Captur
     with pytest.raises(SystemExit) as stopped:
         run_main(lambda: module.main([*flags, "--teacher-weights", "teacher/backbone.safetensors", *FLAGS]))
     assert stopped.value.code == 2
-    assert "no tail is known of a ResNet" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--teacher test_resnet: no tail is known of a ResNet" in said
+    assert "TeacherTail" not in said  # which no flag takes

@@ -218,7 +218,7 @@ def test_names_in_any_script_and_no_script(tmp_path):
 
 
 def test_missing_and_wrong_places(tmp_path):
-    assert "is no such folder; give digits, tv:NAME@ROOT, or a folder" in error_of(tmp_path / "no")
+    assert "is no such folder; give digits, tv:NAME@ROOT, hf:NAME, or a folder" in error_of(tmp_path / "no")
     (tmp_path / "file").write_text("x")
     assert "is a file, not a folder" in error_of(tmp_path / "file")
     assert "is no such folder" in error_of("digit")

@@ -1,5 +1,6 @@
 """recipes/train.py: what it learns and leaves behind, its presets, exact resume, fine-tuning, and its errors."""
 
+import json
 import math
 import os
 import signal
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recipe_programs import TRAIN, TWO, rows, run, same_tensors
+from recipe_programs import EVALUATE, SPARK, TRAIN, TWO, rows, run, same_tensors
 from torch import Tensor, nn
 
-from leaven.backbones import create, save
+from leaven.backbones import create, metadata, save
 from leaven.recipes.common.augment import eval_transform
 from leaven.recipes.common.batches import Part
 from leaven.recipes.common.checkpoint import listing, load
@@ -81,6 +82,38 @@ def test_methods_by_name(train: Main, capsys: pytest.CaptureFixture[str]) -> Non
     weights = load_file(folder / "backbone.safetensors")
     assert all(torch.equal(found["backbone"].state_dict()[key], value) for key, value in weights.items())
     assert any(key.endswith(".v") for key in weights)
+
+
+def test_evonorm_weights_go_on_in_every_recipe(
+    train: Main, recipe: Recipe, run: Main, complaint: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their file notes the layers; who starts from it gets the same network, and what it writes notes them too."""
+    folder = train("first", "--callbacks", "evonorm_s0")
+    weights = str(folder / "backbone.safetensors")
+    assert metadata(weights)["evonorm"] == "s0"
+    capsys.readouterr()
+    again = train("again", "--init", weights)
+    said = capsys.readouterr().out
+    assert f"{weights}: BatchNorm replaced by EvoNorm-s0" in said
+    assert f"--init {weights}: all weights" in said
+    assert metadata(again / "backbone.safetensors")["evonorm"] == "s0"
+    assert "replace_norm_act(backbone" in (again / "README.md").read_text()
+    train("same", "--init", weights, "--callbacks", "evonorm_s0")
+    assert "leave --callbacks evonorm_b0 out" in complaint("--init", weights, "--callbacks", "evonorm_b0")
+    flags = ["--backbone", "test_resnet", "--image-size", "32", "--workers", "0", "--few", "2"]
+    recipe(EVALUATE).main([*flags, "--init", weights, "--output-dir", "judged"])
+    assert Path("judged/results.json").is_file()
+
+
+def test_an_evonorm_that_finds_nothing_to_replace_is_refused(complaint: Callable[..., str]) -> None:
+    line = complaint("--backbone", "test_convnext", "--callbacks", "evonorm_s0")
+    assert "--callbacks evonorm_s0: 0 of 0 BatchNorm layers replaced; leave it out" in line
+
+
+def test_which_class_has_which_number(train: Main) -> None:
+    folder = train("out")
+    assert json.loads(metadata(folder / "backbone.safetensors")["classes"]) == list("0123456789")
+    assert "classes: 0 0, 1 1, 2 2," in (folder / "README.md").read_text()
 
 
 # --- what comes out ----------------------------------------------------------------------------------------------
@@ -493,3 +526,32 @@ def test_a_file_of_another_network(complaint: Callable[..., str]) -> None:
     error = complaint("--init", "other.safetensors")
     assert "written from resnet10t" in error
     assert "does not fit" in error
+
+
+def test_a_run_of_another_recipe_is_named(run: Main, complaint: Callable[..., str]) -> None:
+    flags = ["--image-size", "64", "--epochs", "1", "--limit-batches", "1", "--decoder-width", "32"]
+    run(SPARK, "masked", *SMALL[:2], *SMALL[4:8], *flags, "--probe-images", "64")
+    assert "--resume masked is a run of recipes/spark.py, and this is train.py" in complaint(
+        "--resume", "masked"
+    )
+
+
+def test_the_card_keeps_the_first_command(
+    train: Main, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipes/train.py", "--first", "command"])
+    folder = train("out")
+    monkeypatch.setattr(sys, "argv", ["recipes/train.py", "--resume", "out"])
+    recipe(TRAIN).main(["--resume", "out"])
+    card = (folder / "README.md").read_text()
+    assert "    python recipes/train.py --first command\n" in card
+
+
+def test_changed_settings_are_named_before_anything_else(train: Main, complaint: Callable[..., str]) -> None:
+    """Else this would be about a batch of more images than there are."""
+    train("out")
+    line = complaint("--output-dir", "out", "--resume", "auto", *SHORT, "--batch-size", "4096")
+    assert (
+        "cannot resume out exactly: batch_size 8 -> 4096; go back to the old values (--resume out alone"
+        in line
+    )
