@@ -1,14 +1,18 @@
 """The search for layers: does evolution beat random search?
 
-    python benchmarks/evonorm_search.py cost                             # results/evonorm_search_cost-<machine>.json
-    python benchmarks/evonorm_search.py --data DATA --work RUNS run      # searches, then the ranking, then trainings
-    python benchmarks/evonorm_search.py --data DATA --work RUNS table    # results/evonorm_search.json, and in words
+    python benchmarks/evonorm_search.py cost                               # results/evonorm_search_cost-<machine>.json
+    python benchmarks/evonorm_search.py --data DATA --work RUNS calibrate  # results/evonorm_search_limits.json
+    python benchmarks/evonorm_search.py --data DATA --work RUNS run        # searches, and the ranking of their best
+    python benchmarks/evonorm_search.py --data DATA --work RUNS table      # results/evonorm_search.json, and in words
+    python benchmarks/evonorm_search.py --data DATA --work RUNS retrain    # the best in other backbones; then table
 
 Arms, 300 candidates each, fixed beforehand: evolution from random graphs, evolution that begins with EvoNorm-S0,
 random graphs alone; three seeds; CIFAR at 16 px, judged on a fifth of the training images; the S series. Then the best
 of every search is trained again, longer, with three seeds, on the held-out images, beside BatchNorm with ReLU and the
-published layers (recipes/evonorm_search.py --rerank). Cost: compiled genomes beside timm's classes of the same formula,
-and free checks a second, on one thread. What the best is worth in backbones that no search has seen is not in here yet.
+published layers (recipes/evonorm_search.py --rerank). The best of all searches, by the images they were judged on, goes
+into two backbones that no search has seen, trained by recipes/train.py beside BatchNorm with ReLU, S0 and B0. Cost:
+compiled genomes beside timm's classes of the same formula, and free checks a second, on one thread. Calibrate: what
+known layers reach by the time that a candidate is looked at, and the gradients that ascent finds, over five seeds.
 """
 
 import argparse
@@ -20,18 +24,20 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import timm.layers
 import torch
-from ledger import RESULTS, ROOT, data_sets, summary
+from ledger import RESULTS, ROOT, Ledger, Run, data_sets, execute, interval95, summary
 from timing import interleaved, machine, result_file
 from torch import nn
 
 from leaven.callbacks.evonorm import NAMED, Genome, SearchSpace, evolved_norm
 from leaven.callbacks.evonorm.checks import FreeChecks
+from leaven.callbacks.evonorm.judging import ANCHORS, Budget, Rejected, Task, build, stability, train
 
 SEEDS, CANDIDATES = (0, 1, 2), 300
 ARMS = {"evolution": ["--start", "none"], "evolution from S0": ["--start", "evonorm_s0"]}
@@ -41,6 +47,19 @@ SEARCH = shlex.split(
     "--quality-steps 60 --quality 0.15 --resume auto"
 )
 RERANK = shlex.split("recipes/evonorm_search.py --image-size 16 --steps 1000 --top 1 --seeds 3 --resume auto")
+
+# What the best is trained in again: as it comes, and with the best of the searches in place.
+NETS = {
+    "resnet18": (["--backbone", "tv:resnet18"], ["--backbone", "benchmarks.evolved_nets:resnet18"]),
+    "regnetx_002": (["--backbone", "regnetx_002"], ["--backbone", "benchmarks.evolved_nets:regnetx_002"]),
+}
+LAYERS: dict[str, list[str]] = {"BN, ReLU": [], "best": []}
+LAYERS |= {kind.upper(): ["--callbacks", f"evonorm_{kind}"] for kind in ("s0", "b0")}
+RETRAIN = shlex.split(
+    "--data cifar --image-size 32 --epochs 8 --eval-every 8 --batch-size 64 --workers 0 --lr 1.5e-3 "
+    "--weight-decay 0.05 --warmup-epochs 1 --crop-scale 0.5,1 --crop-pct 1.0 --save-every 100"
+)
+LEDGER = RESULTS / "evonorm_search_runs.jsonl"
 
 
 def run(words: list[str], folder: Path, log: Path) -> None:
@@ -93,6 +112,51 @@ def found(work: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def calibrate(cifar: str, work: Path) -> dict[str, Any]:
+    """By known layer and anchor: accuracies when a candidate is looked at, and largest gradients under ascent."""
+    folder = work / "calibrate"
+    if not (folder / "search.json").is_file():
+        words = [*SEARCH, "--candidates", "1", "--start", "evonorm_s0", "--data", cifar]
+        run(words, folder, work / "calibrate.log")
+    torch.set_num_threads(1)
+    x, y, x_val, y_val = torch.load(folder / "task.pt")
+    task = Task(x, y, x_val, y_val, classes=int(y.max()) + 1)
+    looked = Budget(steps=120, quality_steps=60, quality=2.0, stability_steps=10)  # as SEARCH has it
+    layers: dict[str, Any] = {}
+    for known in ("bn_relu", "evonorm_b0", "evonorm_s0"):
+        factory = partial(evolved_norm, Genome.named(known))
+        for anchor in ANCHORS:
+            reached, norms = [], []
+            for seed in range(5):
+                norms.append(stability(build(anchor, task, factory, seed), task, looked, seed))
+                try:
+                    train(build(anchor, task, factory, seed), task, looked, seed)
+                except Rejected as error:  # every accuracy is below 2
+                    reached.append(error.value)
+            row = {"accuracy after 60": summary(reached), "largest gradient": round(max(norms), 2)}
+            layers[f"{known}, {anchor}"] = row
+            print(known, anchor, row, flush=True)
+    return {"twice guessing": 2 / task.classes, "layers": layers}
+
+
+def retraining(arm: str, net: str, seed: int) -> Run:
+    words = ["recipes/train.py", *NETS[net][arm == "best"], *LAYERS[arm], *RETRAIN, "--seed", str(seed)]
+    return Run(f"{net}-{arm.replace(', ', '-')}-{seed}", tuple(words))
+
+
+def retrained(ledger: Ledger) -> list[dict[str, Any]]:
+    """Top-1 on the held-out images, and differences to BatchNorm with ReLU, paired by seed."""
+    rows = []
+    for net in NETS:
+        base = [ledger.top1(retraining("BN, ReLU", net, seed)) for seed in SEEDS]
+        for arm in LAYERS:
+            scores = [ledger.top1(retraining(arm, net, seed)) for seed in SEEDS]
+            gains = [a - b for a, b in zip(scores, base, strict=True)]
+            row = {"backbone": net, "layers": arm, "top1": summary(scores), "minus BN": summary(gains)}
+            rows.append(row | {"interval95": interval95(gains)})
+    return rows
+
+
 def cost() -> dict[str, Any]:
     torch.set_num_threads(1)
     rows: dict[str, Any] = {}
@@ -127,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", choices=("cost", "run", "table"))
+    parser.add_argument("step", choices=("cost", "calibrate", "run", "retrain", "table"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -138,13 +202,24 @@ def main() -> None:
         path.write_text(json.dumps(report | cost(), indent=1) + "\n")
         return
     work = args.work.resolve()
-    cifar = data_sets(args.data.resolve(), work)["cifar"]
+    data = data_sets(args.data.resolve(), work)
+    if args.step == "calibrate":
+        limits = report | calibrate(data["cifar"], work)
+        (RESULTS / "evonorm_search_limits.json").write_text(json.dumps(limits, indent=1) + "\n")
+        return
     if args.step == "run":
-        searches(cifar, work, args.jobs)
+        searches(data["cifar"], work, args.jobs)
+        return
+    ledger = Ledger(LEDGER)
+    if args.step == "retrain":
+        chains = [[retraining(arm, net, seed) for arm in LAYERS] for net in NETS for seed in SEEDS]
+        execute(chains, data, work, args.jobs, ledger)
         return
     rows = found(work)
     arms = {arm: [row["held out"] for row in rows if row["arm"] == arm] for arm in ARMS}
     report |= {"searches": rows, "held out": {arm: summary(scores) for arm, scores in arms.items()}}
+    if retraining("best", [*NETS][-1], SEEDS[-1]).name in ledger.rows:
+        report["retrained"] = retrained(ledger)
     (RESULTS / "evonorm_search.json").write_text(json.dumps(report, indent=1) + "\n")
     for row in rows:
         print(

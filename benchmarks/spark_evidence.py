@@ -115,13 +115,12 @@ def exploration() -> list[list[Run]]:
     """
     chains = [judged("width128-long", net) for net in NETS]
     chains += [judged(variant) for variant in EXPLORED if "long" not in variant]
-    chains += [untrained(net, more) for net in NETS for more in (40, 160)]
     start = pretrain("photos", NETS[1], TUNE, "width128", SPLIT)
     for known, first in ((judged("width128", NETS[1]), start), (untrained(NETS[1], 0), None)):
         more = [finetune("photos", NETS[1], "100%", TUNE, lr, first, split=SPLIT) for lr in RATES]
         chains.append(list(dict.fromkeys([*known, *more])))
     chains.append(untrained(NETS[0], 0))
-    return chains
+    return chains + [untrained(net, more) for more in (40, 160) for net in NETS]  # the dearest last
 
 
 def rated(net: str, spark: bool) -> dict[str, Run]:

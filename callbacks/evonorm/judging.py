@@ -17,7 +17,15 @@ _THREADS = torch.get_num_threads()  # of a fresh process
 
 
 class Rejected(Exception):
-    """The genome is not worth more work; the message says why."""
+    """The genome is not worth more work; the message says why.
+
+    Attributes:
+        value: the accuracy that was too low or the norm that was too large.
+    """
+
+    def __init__(self, reason: str, value: float = float("nan")) -> None:
+        super().__init__(reason)
+        self.value = value
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,7 @@ def train(model: nn.Module, task: Task, budget: Budget, seed: int) -> float:
         if step == budget.quality_steps < budget.steps:
             reached = accuracy(model, task)
             if reached < budget.quality:
-                raise Rejected(f"quality: {reached:.3f} after {step} updates")
+                raise Rejected(f"quality: {reached:.3f} after {step} updates", reached)
     return accuracy(model, task)
 
 
@@ -189,7 +197,7 @@ def stability(model: nn.Module, task: Task, budget: Budget, seed: int) -> float:
         value = float(norm.detach())
         largest = max(largest, value)
         if not value <= budget.stability:
-            raise Rejected(f"stability: a gradient of {value:.2g} after {step} steps of ascent")
+            raise Rejected(f"stability: a gradient of {value:.2g} after {step} steps of ascent", value)
         for p, up in zip(kernels, torch.autograd.grad(norm.clamp_min(1e-30).log(), kernels), strict=True):
             with torch.no_grad():
                 p.add_(up * (0.1 * p.norm() / up.norm().clamp_min(1e-30)))

@@ -44,25 +44,6 @@ def write_card(
     Raises:
         UserError: it cannot be written.
     """
-    kind = metadata(run.backbone).get("evonorm") if run.backbone.is_file() else None
-    surgery = (
-        []
-        if kind is None
-        else [
-            "from functools import partial",
-            "from leaven.callbacks import evo_norm, replace_norm_act",
-            f'replace_norm_act(backbone, partial(evo_norm, "{kind}"))',
-        ]
-    )
-    name = backbone.removeprefix("tv:")
-    channels = "" if in_chans == 3 else f", in_chans={in_chans}"
-    classes = f", num_classes={num_classes}" if num_classes else ""
-    package, plain = "timm", f"timm.create_model({name!r}, num_classes={num_classes}{channels})"
-    if backbone.startswith("tv:"):
-        plainly = ", aux_logits=False, init_weights=False" if backbone in AUXILIARY else ""
-        package, plain = "torchvision", f"torchvision.models.get_model({name!r}{classes}{plainly})"
-    elif ":" in backbone:
-        package, plain = backbone.split(":")[0], f"{backbone.replace(':', '.')}({(channels + classes)[2:]})"
     pictures = sorted(path.name for path in run.plots.glob("*.png"))
     versions = ", ".join([f"Python {platform.python_version()}", *(f"{p} {_version(p)}" for p in _PACKAGES)])
     lines = [
@@ -73,12 +54,7 @@ def write_card(
         "## Use",
         "",
         "```python",
-        f"import {package}",
-        "from safetensors.torch import load_file",
-        "",
-        f"backbone = {plain}",
-        *surgery,
-        'backbone.load_state_dict(load_file("backbone.safetensors"))',
+        *rebuild(run.backbone, backbone, in_chans, num_classes),
         "```",
         "",
         "## Results",
@@ -102,6 +78,32 @@ def write_card(
         "",
     ]
     run.write(run.card, "\n".join(lines))
+
+
+def rebuild(weights: Path, backbone: str, in_chans: int = 3, num_classes: int = 0) -> list[str]:
+    """Lines of Python that build the backbone of a run and load its weights, without leaven where that can be.
+
+    Args:
+        weights: the run's backbone.safetensors.
+        backbone, in_chans, num_classes: as for `write_card`.
+    """
+    name = backbone.removeprefix("tv:")
+    channels = "" if in_chans == 3 else f", in_chans={in_chans}"
+    classes = f", num_classes={num_classes}" if num_classes else ""
+    package, plain = "timm", f"timm.create_model({name!r}, num_classes={num_classes}{channels})"
+    if backbone.startswith("tv:"):
+        plainly = ", aux_logits=False, init_weights=False" if backbone in AUXILIARY else ""
+        package, plain = "torchvision", f"torchvision.models.get_model({name!r}{classes}{plainly})"
+    elif ":" in backbone:
+        package, plain = backbone.split(":")[0], f"{backbone.replace(':', '.')}({(channels + classes)[2:]})"
+    lines = [f"import {package}", "from safetensors.torch import load_file", "", f"backbone = {plain}"]
+    if weights.is_file() and (kind := metadata(weights).get("evonorm")) is not None:
+        lines += [
+            "from functools import partial",
+            "from leaven.callbacks import evo_norm, replace_norm_act",
+            f'replace_norm_act(backbone, partial(evo_norm, "{kind}"))',
+        ]
+    return [*lines, 'backbone.load_state_dict(load_file("backbone.safetensors"))']
 
 
 def command() -> str:
