@@ -1,7 +1,9 @@
 """TrAct: train the first layer as if its pre-activations were trained (Petersen et al., NeurIPS 2024)."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -23,10 +25,11 @@ _LOOK = 50
 class TrAct(Callback):
     """Trains the first layer as if its pre-activations were trained: its weight's gradient times (C + lam I)^-1.
 
-    C is the second moment of what the layer sees, of the current batch: directions that vary little in the images
-    are learnt faster. Only the gradient of the weight changes, before DDP's all-reduce and before clipping; forward
-    pass, state dict and bias are as ever. Assumes images normalised to mean 0 and standard deviation 1. Nothing
-    happens in eval mode, nor for a frozen weight. Under torch.compile the graph breaks at the first layer.
+    C is the second moment of what the layer saw, of the batch that the gradient is of: directions that vary little in
+    the images are learnt faster. Forward passes that no gradient comes back from do not count. Only the gradient of
+    the weight changes, before DDP's all-reduce and before clipping; forward pass, state dict and bias are as ever.
+    Assumes images normalised to mean 0 and standard deviation 1. Nothing happens in eval mode, nor for a frozen weight.
+    Under torch.compile the graph breaks at the first layer.
 
     Source: Petersen, Borgelt, Ermon, TrAct, NeurIPS 2024 (arXiv 2410.23970).
 
@@ -40,8 +43,9 @@ class TrAct(Callback):
             All of them must then make the same number of training passes.
 
     Raises:
-        ValueError: lam is not greater than 0, no layers, or an unknown `when`.
-        AttachError: on attaching: no first layer, an unknown name, or a weight that is frozen, shared or derived.
+        ValueError: lam is no number greater than 0, no layers, or an unknown `when`.
+        AttachError: on attaching: no first layer, an unknown name, a weight that is frozen, shared or derived, or a
+            layer that is under `tract`.
     """
 
     slot = "first-layer-gradient"
@@ -54,21 +58,21 @@ class TrAct(Callback):
         when: Literal["backward", "step"] = "backward",
         sync: bool = True,
     ) -> None:
-        if not callable(lam) and not lam > 0:
-            raise ValueError(f"lam must be greater than 0, got {lam}")
+        if not callable(lam):
+            _check_lam(lam)
         if when not in ("backward", "step"):
             raise ValueError(f'when must be "backward" or "step", not {when!r}')
         if isinstance(layers, str) and layers != "auto":
             layers = (layers,)
-        if not layers:
-            raise ValueError('layers must be "auto" or the names of one layer or more')
+        if not layers or not all(isinstance(name, str) for name in layers):
+            raise ValueError(f'layers must be "auto" or the names of one layer or more, got {layers!r}')
         self.lam, self.layers, self.when, self.sync = lam, layers, when, sync
         self._first: list[_FirstLayer] = []
 
     def setup(
         self, model: nn.Module, optimizers: tuple[Optimizer, ...], progress: Progress
     ) -> Iterable[Handle]:
-        names = _found(model) if isinstance(self.layers, str) else list(self.layers)
+        names = _found(model) if isinstance(self.layers, str) else list(dict.fromkeys(self.layers))
         modules = dict(model.named_modules())
         for name in names:
             _check(model, name, modules.get(name))
@@ -78,12 +82,15 @@ class TrAct(Callback):
         ]
         for first in self._first:
             yield from first.hooks()
+            yield first
 
     def update(self) -> None:
+        step = self._progress.step
         for first in self._first:
-            first.forget()
-            if self._progress.step % _LOOK == 0:
+            if step == 1 or step % _LOOK == 0:
                 first.report()
+            if step % _LOOK == 0:
+                first.report_silence()
 
     def __repr__(self) -> str:
         where = ", ".join(first.name for first in self._first) or self.layers
@@ -93,9 +100,13 @@ class TrAct(Callback):
         if not callable(self.lam):
             return self.lam
         lam = self.lam(self._progress.fraction)
-        if not lam > 0:
-            raise ValueError(f"lam must be greater than 0, got {lam} at {self._progress}")
+        _check_lam(lam, f" at {self._progress}")
         return lam
+
+
+def _check_lam(lam: float, when: str = "") -> None:
+    if not isinstance(lam, Real) or not 0 < lam < math.inf:
+        raise ValueError(f"lam must be a number greater than 0, got {lam!r}{when}")
 
 
 def tract(layer: nn.Module, lam: float = 0.1, sync: bool = True) -> nn.Module:
@@ -105,23 +116,24 @@ def tract(layer: nn.Module, lam: float = 0.1, sync: bool = True) -> nn.Module:
 
     Args:
         layer: the first one of a model: Linear, or Conv1d to Conv3d.
-        lam, sync: see `TrAct`.
+        lam: a number greater than 0, see `TrAct`.
+        sync: see `TrAct`.
 
     Returns:
         The same layer.
 
     Raises:
-        ValueError: lam is not greater than 0, a frozen weight, or a TrAct layer already.
+        ValueError: lam is no number greater than 0, a frozen weight, or a TrAct layer already.
         TypeError: another kind of layer.
     """
-    if not lam > 0:
-        raise ValueError(f"lam must be greater than 0, got {lam}")
+    _check_lam(lam)
     if reason := reason_against(layer):
         raise TypeError(f"no TrAct layer: {reason}")
     if not _weight(layer).requires_grad:
         raise ValueError("the layer's weight is frozen: there is nothing to train")
-    if any(_tract_hooks(layer)):
-        raise ValueError("this is a TrAct layer already: remove_tract first")
+    if owner := next((hook.owner for hook, _, _ in _hooks_of(layer)), None):
+        undo = "remove_tract first" if owner == tract.__name__ else "remove what attach returned first"
+        raise ValueError(f"this is a TrAct layer already: {undo}")
     for handle in _FirstLayer(layer, type(layer).__name__, lambda: lam, False, sync).hooks():
         watch(handle, layer, Switch(), tract.__name__)
     return layer
@@ -133,21 +145,22 @@ def remove_tract(layer: nn.Module) -> nn.Module:
     Raises:
         ValueError: it is no TrAct layer.
     """
-    hooks = list(_tract_hooks(layer))
+    hooks = [(of_kind, key) for hook, of_kind, key in _hooks_of(layer) if hook.owner == tract.__name__]
     if not hooks:
         raise ValueError("this is no TrAct layer")
     for of_kind, key in hooks:
         del of_kind[key]
-        layer._forward_pre_hooks_with_kwargs.pop(key, None)  # keys are unique over all hooks
+        layer._forward_hooks_with_kwargs.pop(key, None)  # keys are unique over all hooks
     return layer
 
 
-def _tract_hooks(layer: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
+def _hooks_of(layer: nn.Module) -> Iterator[tuple[Hook, dict[int, Any], int]]:
+    """Hooks by which the layer is trained as a TrAct layer, `tract`'s and `attach`'s, and where they are kept."""
     of_weight: dict[int, Any] = _weight(layer)._backward_hooks or {}
-    for of_kind in (layer._forward_pre_hooks, of_weight):
+    for of_kind in (layer._forward_hooks, of_weight):
         for key, hook in list(of_kind.items()):
-            if isinstance(hook, Hook) and hook.owner == tract.__name__:
-                yield of_kind, key
+            if isinstance(hook, Hook) and hook.owner in (tract.__name__, TrAct.__name__):
+                yield hook, of_kind, key
 
 
 def _found(model: nn.Module) -> list[str]:
@@ -185,6 +198,8 @@ def _check(model: nn.Module, name: str, layer: nn.Module | None) -> None:
         raise AttachError(
             f"TrAct has nothing to train: the weight of {of} is frozen; unfreeze it, then attach"
         )
+    if any(hook.owner == tract.__name__ for hook, _, _ in _hooks_of(layer)):
+        raise AttachError(f"TrAct cannot train {of}: it is under tract() already: remove_tract(layer) first")
     owners = [each for each, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(owners) > 1:
         raise AttachError(f"TrAct cannot train {of}: its weight is shared ({', '.join(owners)})")
@@ -203,10 +218,13 @@ class _FirstLayer:
         self, layer: nn.Module, name: str, lam: Callable[[], float], whole_step: bool, sync: bool
     ) -> None:
         self.layer, self.name, self.lam = layer, name, lam
+        self.weight = _weight(layer)
         self.whole_step, self.sync = whole_step, sync
-        self.forget()
+        # Moments of the forward passes that a backward pass has come back to, each with the backward pass's number.
+        self.met: list[tuple[int, Any, Tensor]] = []
         self.bad: Tensor | None = None  # whether a moment could not be used
         self.warned = False
+        self.silent = True  # no gradient since the last look
         # Of the micro-batches of this update: sum and count, their gradient, what .grad was given for it.
         self.moment: Tensor | None = None
         self.raw: Tensor | None = None
@@ -214,44 +232,55 @@ class _FirstLayer:
         self.left: tuple[int, int] | None = None  # .grad as the last backward pass left it
 
     def hooks(self) -> Iterator[Handle]:
-        weight = _weight(self.layer)
         # Breaks a compiled graph, whose constants the sums would be otherwise. No decorator: it imports the compiler.
-        before_forward = torch.compiler.disable(self.before_forward)
-        yield self.layer.register_forward_pre_hook(before_forward, with_kwargs=True)
-        yield weight.register_hook(self.precondition)
+        after_forward = torch.compiler.disable(self.after_forward)
+        yield self.layer.register_forward_hook(after_forward, with_kwargs=True)
+        yield self.weight.register_hook(self.precondition)
         if self.whole_step:
-            yield weight.register_post_accumulate_grad_hook(self.remember)
+            yield self.weight.register_post_accumulate_grad_hook(self.remember)
 
-    def forget(self) -> None:
-        """Drop what forward passes have left that no backward pass followed."""
-        self.pending: list[tuple[Any, Tensor]] = []
-
-    def before_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (layer.training and torch.is_grad_enabled() and _weight(layer).requires_grad):
+    def after_forward(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        """The moment of this pass; it counts once a gradient of its output comes by."""
+        if not (layer.training and output.requires_grad and self.weight.requires_grad):
+            return
+        if layer.weight is not self.weight:
+            self.warn(
+                f"TrAct leaves gradients of {self.name} as they are: its weight is another than when it was attached"
+            )
             return
         total, count = patch_second_moment(args[0] if args else kwargs["input"], layer)
         # The count travels with the sum.
         packed = torch.cat([total.flatten(), total.new_tensor([count])])
-        work = None
+        work: Any = None
         if self.sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             work = dist.all_reduce(packed, async_op=True)  # awaited at the end of the backward pass
-        self.pending.append((work, packed))
+
+        def meet(_: Tensor) -> None:
+            self.met.append((torch._C._current_graph_task_id(), work, packed))
+
+        output.register_hook(meet)
 
     def precondition(self, gradient: Tensor) -> Tensor:
-        if not self.pending:
+        this, self.silent = torch._C._current_graph_task_id(), False
+        # Others are of backward passes that did not reach the weight, as for a gradient of the images.
+        met = [(work, packed) for number, work, packed in self.met if number == this]
+        self.met.clear()
+        if not met:
             self.warn(
                 f"TrAct leaves a gradient of {self.name} as it is: the forward pass was in eval mode, or went around "
-                "the layer's hooks, as that of a model does that was compiled and called before it was attached"
+                "the layer's hooks, as that of a model does that was compiled and called before it was attached, or "
+                "the loss does not depend on what the layer puts out"
             )
             return gradient
-        for work, _ in self.pending:
+        for work, _ in met:
             if work is not None:
                 work.wait()
-        moment = torch.stack([packed for _, packed in self.pending]).sum(0)
-        self.forget()
+        moment = torch.stack([packed for _, packed in met]).sum(0)
         if not self.whole_step:
             return self.times_inverse(gradient, moment)
-        grad = _weight(self.layer).grad
+        grad = self.weight.grad
         goes_on = grad is not None and self.left == _identity(grad)
         if goes_on and self.moment is not None and self.raw is not None:
             moment, raw = self.moment + moment, self.raw + gradient
@@ -277,6 +306,17 @@ class _FirstLayer:
     def report(self) -> None:
         if self.bad is not None and bool(self.bad):
             self.warn(f"TrAct left gradients of {self.name} as they are: its inputs were not finite")
+
+    def report_silence(self) -> None:
+        if self.silent:
+            self.warn(
+                f"TrAct has seen no gradient of {self.name} in {_LOOK} updates: was the layer replaced or frozen?"
+            )
+        self.silent = True
+
+    def remove(self) -> None:
+        """The end of the training is the last time to say so."""
+        self.report()
 
     def warn(self, line: str) -> None:
         if not self.warned:

@@ -430,14 +430,66 @@ def test_a_gradient_without_a_moment_is_left_alone_and_named() -> None:
             gradients(model, x, y)  # said once
 
 
-def test_forward_passes_that_nothing_follows_are_forgotten_with_the_update() -> None:
+@pytest.mark.parametrize("when", ["backward", "step"])
+def test_forward_passes_that_no_gradient_comes_back_from_do_not_count(when: Any) -> None:
+    """What is thrown away, labels by the model itself, gradients of the images alone, a backward pass that failed."""
     model, (x, y) = net(), images(4)
-    optimizer = SGD(model.parameters(), lr=0.0)
-    with attach(model, optimizer, TrAct(LAM, ["0"]), total_steps=9):
-        expected = gradients(model, x, y)[0]
-        model(100 * x)
-        optimizer.step()
-        assert torch.equal(gradients(model, x, y)[0], expected)
+    expected = by_hand(model, x, gradients(model, x, y)[0])
+
+    def fail(_: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    def failing() -> None:
+        late = model[0](3 * x)
+        late.register_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            late.sum().backward()
+
+    def attacked() -> None:
+        asks = (9 * x).requires_grad_()
+        torch.autograd.grad(loss_of(model, asks, y), asks)
+
+    with attached(model, when=when):
+        for other in (lambda: model(100 * x), lambda: model(x + 1).detach(), attacked, failing):
+            other()
+            model.zero_grad()
+            torch.testing.assert_close(gradients(model, x, y)[0], expected)
+            model.zero_grad()
+
+
+def test_every_backward_pass_of_several_forward_passes_has_its_own_moment() -> None:
+    model, (x, y), (x2, y2) = net(), images(6), images(4, seed=1)
+    plain = [gradients(model, *each)[0] for each in ((x, y), (x2, y2))]
+    model.zero_grad()
+    first, second = by_hand(model, x, plain[0]), by_hand(model, x2, plain[1])
+    with attached(model):
+        one, two = loss_of(model, x, y), loss_of(model, x2, y2)
+        two.backward(retain_graph=True)
+        torch.testing.assert_close(model[0].weight.grad, second)
+        one.backward()
+        torch.testing.assert_close(model[0].weight.grad, first + second)
+        two.backward()  # through the same graph again
+        torch.testing.assert_close(model[0].weight.grad, first + 2 * second)
+    plain = gradients(model, torch.cat([x, x2]), torch.cat([y, y2]))
+    model.zero_grad()
+    with attached(model, when="step"):
+        one, two = loss_of(model, x, y), loss_of(model, x2, y2)
+        (0.6 * one).backward()
+        (0.4 * two).backward()
+        both = torch.cat([x, x2])
+        torch.testing.assert_close(model[0].weight.grad, by_hand(model, both, plain[0]))
+
+
+def test_other_weights_in_the_layer_are_told_and_left_alone() -> None:
+    model, (x, y) = net(), images(4)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    loss = F.cross_entropy(torch.func.functional_call(model, weights, (x,)), y)
+    (plain,) = torch.autograd.grad(loss, [weights["0.weight"]])
+    with attached(model):
+        with pytest.warns(NoEffectWarning, match="its weight is another than when it was attached"):
+            loss = F.cross_entropy(torch.func.functional_call(model, weights, (x,)), y)
+        (found,) = torch.autograd.grad(loss, [weights["0.weight"]])
+    assert torch.equal(found, plain)
 
 
 def test_lam_may_follow_progress() -> None:
@@ -451,7 +503,9 @@ def test_lam_may_follow_progress() -> None:
     with attach(model, optimizer, TrAct(lambda t: 0.5 - t, ["0"]), total_steps=2):
         gradients(model, x, y)
         optimizer.step()
-        with pytest.raises(ValueError, match=r"lam must be greater than 0, got 0.0 at Progress\(1/2\)"):
+        with pytest.raises(
+            ValueError, match=r"lam must be a number greater than 0, got 0.0 at Progress\(1/2\)"
+        ):
             gradients(model, x, y)
 
 
@@ -462,11 +516,14 @@ def test_images_that_are_not_finite_leave_the_gradient_and_are_reported() -> Non
     x[0, 0, 0, 0] = float("nan")
     gradients(model, x, y)
     assert torch.isnan(model[0].weight.grad).any()
-    for _ in range(49):
-        optimizer.step()
     with pytest.warns(NoEffectWarning, match="its inputs were not finite"):
         optimizer.step()
     callbacks.remove()
+    callbacks = attach(model, optimizer, TrAct(LAM, ["0"]), total_steps=100)
+    optimizer.step()
+    gradients(model, x, y)
+    with pytest.warns(NoEffectWarning, match="its inputs were not finite"):
+        callbacks.remove()
 
 
 def test_copies_are_plain() -> None:
@@ -518,8 +575,8 @@ def test_tract_is_in_place_and_can_be_undone() -> None:
         tract(layer)
     assert remove_tract(layer) is layer
     assert all(map(torch.equal, gradients(model, x, y), plain))
-    assert not layer._forward_pre_hooks
-    assert not layer._forward_pre_hooks_with_kwargs
+    assert not layer._forward_hooks
+    assert not layer._forward_hooks_with_kwargs
     with pytest.raises(ValueError, match="no TrAct layer"):
         remove_tract(layer)
 
@@ -527,10 +584,10 @@ def test_tract_is_in_place_and_can_be_undone() -> None:
 def test_remove_tract_leaves_other_hooks_alone() -> None:
     layer, seen = net()[0], []
 
-    def hook(module: Any, args: Any, kwargs: Any) -> None:
+    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         seen.append(kwargs)
 
-    layer.register_forward_pre_hook(hook, with_kwargs=True)
+    layer.register_forward_hook(hook, with_kwargs=True)
     remove_tract(tract(layer))
     layer(input=images(1)[0])
     assert list(seen[0]) == ["input"]
@@ -567,8 +624,23 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_left() -> None:
         optimizer = SGD([*network.parameters(), nn.Parameter(torch.zeros(1))], lr=0.1)
         with pytest.raises(AttachError, match=message):
             attach(network, optimizer, TrAct(layers=layers), total_steps=1)
-        assert not any(module._forward_pre_hooks for module in network.modules())
+        assert not any(module._forward_hooks for module in network.modules())
         assert not any(p._backward_hooks for p in network.parameters())
+
+
+def test_a_layer_is_under_tract_once() -> None:
+    model, (x, y) = net(), images(4)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    expected = by_hand(model, x, gradients(model, x, y)[0])
+    tract(model[0])
+    with pytest.raises(AttachError, match=r"under tract\(\) already: remove_tract"):
+        attach(model, optimizer, TrAct(layers=["0"]), total_steps=1)
+    remove_tract(model[0])
+    model.zero_grad()
+    with attach(model, optimizer, TrAct(LAM, layers=["0", "0"]), total_steps=1):
+        with pytest.raises(ValueError, match="a TrAct layer already: remove what attach returned"):
+            tract(model[0])
+        torch.testing.assert_close(gradients(model, x, y)[0], expected)
 
 
 def test_a_network_that_takes_keywords_alone_is_named_and_works_by_the_layers_name() -> None:
@@ -606,6 +678,20 @@ def test_a_network_that_takes_a_dict_is_named() -> None:
         attach(net, SGD(net.parameters(), lr=0.1), TrAct(), total_steps=1)
 
 
+def test_a_layer_replaced_later_is_told_within_fifty_updates() -> None:
+    model, (x, y) = net(), images(4)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with attach(model, optimizer, TrAct(layers=["0"]), total_steps=200):
+        gradients(model, x, y)
+        model[0] = copy.deepcopy(model[0])
+        for _ in range(50):
+            optimizer.step()
+        for _ in range(49):
+            optimizer.step()
+        with pytest.warns(NoEffectWarning, match="no gradient of 0 in 50 updates"):
+            optimizer.step()
+
+
 def test_a_layer_replaced_or_a_model_compiled_before_is_told_in_words() -> None:
     model, (x, y) = net(), images(4)
     optimizer = SGD(model.parameters(), lr=0.0)
@@ -623,16 +709,18 @@ def test_a_layer_replaced_or_a_model_compiled_before_is_told_in_words() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    for lam in (0.0, -1.0, float("nan")):
+    for lam in (0.0, -1.0, float("nan"), float("inf"), "0.1"):
         for call in (lambda lam=lam: TrAct(lam), lambda lam=lam: tract(nn.Linear(2, 2), lam)):
-            with pytest.raises(ValueError, match="lam must be greater than 0"):
+            with pytest.raises(ValueError, match="lam must be a number greater than 0"):
                 call()
+    for lam in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="lam must be greater than 0"):
             tract_gradient(torch.ones(1, 1), torch.eye(1), lam)
     with pytest.raises(ValueError, match='when must be "backward" or "step"'):
         TrAct(when="later")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="layers must be"):
-        TrAct(layers=[])
+    for layers in ([], [3]):
+        with pytest.raises(ValueError, match="layers must be"):
+            TrAct(layers=layers)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a Tanh is not"):
         tract(nn.Tanh())
     with pytest.raises(TypeError, match="a Tanh is not"):
