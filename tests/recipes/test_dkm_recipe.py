@@ -17,7 +17,7 @@ from recipe_programs import DKM, refusal, start
 
 from leaven.bayes import DeepKernelMachine
 from leaven.recipes.common.flags import UserError, run_main
-from leaven.recipes.common.tables import open_table
+from leaven.recipes.common.tables import Scale, open_table
 
 Recipe = Callable[[Path], ModuleType]
 QUICK = ["--steps", "40", "--inducing", "10", "--nu", "1"]
@@ -85,6 +85,14 @@ def test_columns_and_rows_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted([*train, *test]) == list(range(60))
     assert len(test) == 6
     assert not np.array_equal(opened.split(1)[1], test)
+
+
+def test_a_constant_column_stays_at_0() -> None:
+    """What differs from it among the test rows keeps its unit. The deviation of these is 3e-17 as computed."""
+    column = np.full((455, 1), 0.1)
+    scale = Scale(column)
+    torch.testing.assert_close(scale(column), torch.zeros(455, 1))
+    torch.testing.assert_close(scale(np.array([[1.1]])), torch.ones(1, 1))
 
 
 def test_a_name_may_hold_a_comma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
