@@ -31,8 +31,8 @@ def save(folder: Path, update: int, state: Mapping[str, Any], keep: int) -> Path
     """Write ``folder/update-000000123.pt``, then delete all but the newest ``keep``, and those of later updates.
 
     Later ones are damaged and were passed over, or count updates as before ``--resume-changed``: the next resumption
-    would take them for the newest. The file appears under its name only when all of it is on the disk, so that neither a kill nor a full disk
-    can damage an older checkpoint or leave a half-written one.
+    would take them for the newest. The file appears under its name only when all of it is on the disk, so that neither
+    a kill nor a full disk can damage an older checkpoint or leave a half-written one.
 
     Raises:
         CheckpointError: if it cannot be written; earlier checkpoints are untouched.

@@ -50,7 +50,8 @@ def test_what_was_saved_last_is_the_newest(tmp_path: Path, keep: int) -> None:
         path = save(tmp_path, update, state_of(update), keep)
         assert listing(tmp_path)[0] == path
     found = load_newest(tmp_path, fall_back=True)
-    assert found is not None and found[1]["update"] == 400
+    assert found is not None
+    assert found[1]["update"] == 400
     assert len(listing(tmp_path)) == keep
 
 
