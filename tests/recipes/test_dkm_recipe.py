@@ -136,6 +136,22 @@ def test_the_folder_says_which_rows(recipe: Recipe) -> None:
     assert results()["summary"]["nll"]["standard error"] > 0
 
 
+def test_trials_find_the_run_folder_from_anywhere(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a cluster were started in other folders."""
+    import leaven.recipes.common.study as study
+
+    asked: list[Any] = []
+
+    def run_study(trial: Any, *_: Any) -> None:
+        asked.extend(trial.args)
+        raise UserError("enough")
+
+    monkeypatch.setattr(study, "run_study", run_study)
+    with pytest.raises(UserError, match="enough"):
+        recipe(DKM).main([*QUICK, "--output-dir", "out"])
+    assert asked[2] == str(Path("out").resolve())
+
+
 @pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
 def test_the_likeliest_nu_is_by_the_predictive_distribution(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, likelihood: str
