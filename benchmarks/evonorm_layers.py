@@ -83,7 +83,7 @@ def cost() -> dict[str, Any]:
             rows = interleaved(ways, base="BN, ReLU", repeats=15, device="cpu")
             if how == "eager":
                 for name, layer in layers(shape[1]).items():
-                    rows[name]["kept_mib"] = kept(layer, torch.randn(shape) * 1.0)
+                    rows[name]["kept_mib"] = kept(layer, x * 1.0)
             found[f"{'x'.join(map(str, shape))}, {how}"] = rows
             print(shape, how, {name: row["ratio_to_BN, ReLU"] for name, row in rows.items()}, flush=True)
     return found

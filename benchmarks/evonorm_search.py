@@ -92,7 +92,7 @@ def searches(cifar: str, work: Path, jobs: int) -> None:
 
 
 def found(work: Path) -> list[dict[str, Any]]:
-    """Of every search: the curve of its best so far, its best, and that one's accuracy on the held-out images."""
+    """Of every search: its best, and that one's accuracy on the held-out images."""
     rows = []
     for arm in ARMS:
         for seed in SEEDS:

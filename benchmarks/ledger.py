@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
@@ -87,9 +88,12 @@ def arguments(description: str | None, steps: Sequence[str]) -> argparse.Namespa
 def data_sets(folder: Path, work: Path) -> dict[str, str]:
     """Where the two sets of images lie: photos as they are, and the small ones unpacked below `work`."""
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "cifar10-jpeg").is_dir():
-        zipfile.ZipFile(folder / "cifar10-jpeg" / "cifar10-jpeg-12k.zip").extractall(work)
-    return {"photos": str((folder / "imagenette224-mini").resolve()), "cifar": str(work / "cifar10-jpeg")}
+    cifar = work / "cifar10-jpeg"
+    if not cifar.is_dir():
+        with TemporaryDirectory(dir=work) as unpacked:  # all of it or nothing, whatever kills this
+            zipfile.ZipFile(folder / "cifar10-jpeg" / "cifar10-jpeg-12k.zip").extractall(unpacked)
+            (Path(unpacked) / cifar.name).rename(cifar)
+    return {"photos": str((folder / "imagenette224-mini").resolve()), "cifar": str(cifar)}
 
 
 def execute(

@@ -137,8 +137,9 @@ def main() -> None:
         return
     weights = work / taught().name / "backbone.safetensors"
     data = data_sets(args.data, work) | {"taught": str(weights)}
-    if args.step == "teacher" or not weights.is_file():
-        execute([[taught()]], data, work, args.jobs, ledger)
+    if not weights.is_file():
+        ledger.rows.pop(taught().name, None)  # its line, of another machine say, is no teacher
+    execute([[taught()]], data, work, args.jobs, ledger)
     if args.step == "tune":
         execute([list(rated(arm).values()) for arm in TUNED], data, work, args.jobs, ledger)
     if args.step == "run":

@@ -10,6 +10,7 @@ out, the second has learned queries).
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -98,7 +99,7 @@ def without(
     part: str, settings: Any, student: nn.Module, images: Images, device: Any
 ) -> tuple[ScaleKD, list[str]]:
     if part == "frequency":
-        settings.alpha_freq = 0.0
+        settings = replace(settings, alpha_freq=0.0)  # those of the run are compared when it goes on
     objective, lines = distilled(settings, student, images, device)
     if part == "projector":
         for name in ("spatial3", "frequency3", "spatial4", "frequency4"):

@@ -257,7 +257,7 @@ def judge(
         chosen = torch.from_numpy(np.sort(few_labels(labels, settings.labels, settings.seed, data.classes)))
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(settings.seed))
     kept, validation = chosen[order[len(order) // 5 :].sort().values], chosen[order[: len(order) // 5]]
-    if len(torch.unique(torch.from_numpy(labels)[kept])) < 2:
+    if not len(validation) or len(torch.unique(torch.from_numpy(labels)[kept])) < 2:
         return [], [f"{len(chosen)} labels are too few to learn from"], []
     rivals = {
         "trained network": opened,

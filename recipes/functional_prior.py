@@ -35,6 +35,7 @@ from leaven.recipes.common.data import KeyedLoader
 from leaven.recipes.common.flags import UserError, flag, parse, run_main
 from leaven.recipes.common.plots import band, curves, histograms
 from leaven.recipes.common.run_folder import writing
+from leaven.recipes.common.sampler import permutation
 from leaven.recipes.common.study import StudySettings, conduct, features, share_threads
 from leaven.recipes.common.tables import Scale, open_table
 
@@ -268,7 +269,9 @@ def network(settings: FunctionalPriorSettings, x: Tensor, classes: int) -> tuple
     if settings.scope == "head":
         return mlp(x.shape[1], settings.hidden or (), classes), None
     size = (x.shape[-2], x.shape[-1])
-    calibration = x[[i * len(x) // CALIBRATION_IMAGES for i in range(CALIBRATION_IMAGES)]]
+    n = min(len(x), CALIBRATION_IMAGES)
+    mixed = torch.from_numpy(permutation(0, 0, n, "calibration"))  # as in `Images.calibration`
+    calibration = x[mixed * len(x) // n]
     nets = []
     for outputs in (classes, 0):
         torch.manual_seed(settings.seed)

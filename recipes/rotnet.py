@@ -18,7 +18,7 @@ from leaven.backbones import NoStages, resolve
 from leaven.callbacks import AttachError, attach
 from leaven.pretext import Output, RotNet, cue_audit, probe_stages, recalibrate_batchnorm, rotate4
 from leaven.pretext.features import device_of, eval_mode
-from leaven.recipes.common.batches import CALIBRATION_IMAGES, Images, build_backbone, find_data, user_errors
+from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import write_card
 from leaven.recipes.common.curriculum import follow
 from leaven.recipes.common.data import Data
@@ -151,8 +151,7 @@ def held_out_accuracy(rotnet: RotNet, images: Images, most: int) -> float:
     the network lag behind its weights.
     """
     rotnet, right = copy.deepcopy(rotnet), []
-    training = images.whole(images.data.train, CALIBRATION_IMAGES)
-    recalibrate_batchnorm(rotnet.backbone, (rotate4(batch)[0] for batch, _ in training))
+    recalibrate_batchnorm(rotnet.backbone, (rotate4(batch)[0] for batch, _ in images.calibration()))
     with torch.no_grad(), eval_mode(rotnet):
         for batch, _ in images.whole(images.data.val, most):
             copies, labels = rotate4(batch.to(device_of(rotnet)))

@@ -10,6 +10,7 @@ ones. What was stopped goes on with --resume auto.
 """
 
 import json
+import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -145,8 +146,8 @@ def stage(
     """
     # All the sizes so far are in the name: a search that takes another turn on resume must not go on in it.
     place = Path(folder) / f"{Path(state).parent.name if state else 'stages'}-{size}"
-    epochs = max(1, round(steps / per_epoch))
-    limit = max(1, round(steps / epochs)) * settings.grad_accum_steps
+    epochs = math.ceil(steps / per_epoch)  # more epochs of fewer batches: none has more than there are
+    limit = round(steps / epochs) * settings.grad_accum_steps
     learning = replace(
         settings,
         image_size=(size, size),

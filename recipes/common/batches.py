@@ -21,8 +21,8 @@ from leaven.recipes.common.decode import Reduction
 from leaven.recipes.common.few_labels import hold_out
 from leaven.recipes.common.flags import CommonSettings, ImageSettings, UserError
 from leaven.recipes.common.policies import Policy
-from leaven.recipes.common.sampler import KeyedBatchSampler
-from leaven.recipes.common.sources import Source, labels_of
+from leaven.recipes.common.sampler import KeyedBatchSampler, permutation
+from leaven.recipes.common.sources import Source, Subset, labels_of
 
 Size = tuple[int, int]
 
@@ -266,6 +266,18 @@ class Images:
             len(part), EVALUATION_BATCH, self.settings.seed, shuffle=False, drop_last=False
         )
         return make_loader(KeyedDataset(part, transform), sampler, self.settings.workers)
+
+    def calibration(self) -> KeyedLoader:
+        """Whole training images to take BatchNorm's statistics from, in random order, always the same.
+
+        Files lie class by class, and a batch of one class lacks the variance between classes. What is read in blocks
+        stays in order: each image would be a block to read.
+        """
+        train = self.data.train
+        some = spread(train, CALIBRATION_IMAGES)
+        if getattr(train, "blocks", None) is None:
+            some = some[permutation(0, 0, len(some), "calibration")]
+        return self.whole(Subset(train, some), len(some))
 
 
 class Part:

@@ -28,10 +28,11 @@ class CheckpointError(UserError):
 
 
 def save(folder: Path, update: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Write ``folder/update-000000123.pt``, then delete all but the newest ``keep``.
+    """Write ``folder/update-000000123.pt``, then delete all but the newest ``keep``, and those of later updates.
 
-    The file appears under its name only when all of it is on the disk, so that neither a kill nor a full disk
-    can damage an older checkpoint or leave a half-written one.
+    Later ones are damaged and were passed over, or count updates as before ``--resume-changed``: the next resumption
+    would take them for the newest. The file appears under its name only when all of it is on the disk, so that neither
+    a kill nor a full disk can damage an older checkpoint or leave a half-written one.
 
     Raises:
         CheckpointError: if it cannot be written; earlier checkpoints are untouched.
@@ -57,7 +58,9 @@ def save(folder: Path, update: int, state: Mapping[str, Any], keep: int) -> Path
             f"cannot write the checkpoint of update {update} to {folder}: {cause.strerror}; {before}; "
             "make room and continue with --resume"
         ) from error
-    for old in listing(folder)[max(1, keep) :]:
+    found = listing(folder)
+    later = [other for other in found if _update(other) > update]
+    for old in later + found[len(later) + max(1, keep) :]:
         old.unlink(missing_ok=True)
     return path
 

@@ -167,7 +167,8 @@ def parse(
     given = vars(known)
     file = given.pop("config", None)
     config = _read_config(file) if file else {}
-    preset = given.pop("preset", None) or config.pop("preset", None)
+    of_file = config.pop("preset", None)
+    preset = given.pop("preset", None) or of_file
     if preset is not None and preset not in presets:
         raise UserError(
             f"unknown preset {preset}{did_you_mean(str(preset), presets)}; "

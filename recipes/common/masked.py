@@ -9,7 +9,7 @@ from torch import Tensor
 from leaven.pretext import recalibrate_batchnorm
 from leaven.pretext.spark import SparK, sample_mask
 from leaven.pretext.spark.loss import reconstruction
-from leaven.recipes.common.batches import CALIBRATION_IMAGES, Images
+from leaven.recipes.common.batches import Images
 from leaven.recipes.common.loop import keyed_generator
 from leaven.recipes.common.plots import image_table
 
@@ -36,7 +36,7 @@ def judge(spark: SparK, images: Images) -> SparK:
     model, settings = copy.deepcopy(spark).eval(), images.settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # of the masks that the calibration draws
-        recalibrate_batchnorm(model, images.whole(images.data.train, CALIBRATION_IMAGES))
+        recalibrate_batchnorm(model, images.calibration())
     return model
 
 

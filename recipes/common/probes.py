@@ -15,7 +15,7 @@ from leaven.pretext import (
     linear_protocol,
     recalibrate_batchnorm,
 )
-from leaven.recipes.common.batches import CALIBRATION_IMAGES, Images, Part, user_errors
+from leaven.recipes.common.batches import Images, Part, user_errors
 from leaven.recipes.common.data import Data, KeyedLoader
 
 Labelled = tuple[KeyedLoader, Tensor]
@@ -87,8 +87,7 @@ def recalibrate(backbones: Mapping[str, nn.Module], images: Images) -> list[str]
     """
     lines = []
     for name, backbone in backbones.items():
-        some = images.whole(images.data.train, CALIBRATION_IMAGES)
-        if layers := recalibrate_batchnorm(backbone, some):
+        if layers := recalibrate_batchnorm(backbone, images.calibration()):
             lines.append(
                 f"{name}: statistics of {layers} BatchNorm layers taken anew from whole training images"
             )

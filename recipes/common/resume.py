@@ -100,7 +100,8 @@ class Training:
         if changed:
             update = round(update / state["updates_per_epoch"] * self.plan.updates_per_epoch)
             self.sampler.epoch, within = divmod(update, self.plan.updates_per_epoch)
-            self.sampler.position = within * self.plan.accumulation
+            taken = range(update - within, update)
+            self.sampler.position = sum(map(self.plan.micro_steps, taken))  # fewer under a curriculum
             if self.callbacks is not None:
                 self.callbacks.progress.step = update
         self.accelerator.print(f"resumed from {path}: {update} of {self.plan.total} updates done")

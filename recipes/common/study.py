@@ -96,7 +96,7 @@ def conduct(recipe: str, settings: StudySettings, on_table: Trial, on_images: Tr
     run.write(run.config, to_yaml(replace(settings, resume=None, output_dir=None)))
     if not table:
         collect(settings, run.path / "inputs.pt", inputs)
-    trial = partial(numbers_of, on_table if table else on_images, settings, str(run.path))
+    trial = partial(numbers_of, on_table if table else on_images, settings, str(run.path.resolve()))
     trials = {
         f"split {k}, seed {settings.seed + s}": {"split": k, "seed": settings.seed + s}
         for k in range(settings.splits)

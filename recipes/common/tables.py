@@ -206,7 +206,8 @@ class Scale:
         self.mean, std = values.mean(0), values.std(0, correction=0)
         if not torch.isfinite(std).all():
             raise ValueError("a column's numbers are too large to be standardised: give it another unit")
-        self.std = torch.where(std > 0, std, 1.0)
+        # Of equal numbers the deviation may come out as a rounding error, and not as 0.
+        self.std = torch.where(values.amin(0) < values.amax(0), std, 1.0)
 
     def __call__(self, rows: Numbers) -> Tensor:
         return ((torch.as_tensor(rows, dtype=torch.float64) - self.mean) / self.std).float()

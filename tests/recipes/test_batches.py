@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from leaven.backbones import create, save
+from leaven.pretext import recalibrate_batchnorm
 from leaven.recipes.common.batches import Images, find_data
+from leaven.recipes.common.data import Data
 from leaven.recipes.common.flags import ImageSettings, UserError
+from leaven.recipes.common.sources import ArraySource
 
 
 def test_weights_are_fed_as_they_were_trained(tmp_path: Path) -> None:
@@ -27,3 +33,19 @@ def test_weights_are_fed_as_they_were_trained(tmp_path: Path) -> None:
     save(backbone, path, name="resnet10t")  # weights from elsewhere: the data's own again
     plain = Images.of(data, ImageSettings(backbone="resnet10t", init=str(path)), (32, 32), backbone)
     assert (plain.mean, plain.std) == (data.mean, data.std)
+
+
+@pytest.mark.parametrize("n", [20, 100, 1000])
+def test_statistics_are_taken_from_batches_of_all_classes(n: int) -> None:
+    """Images lie class by class, as in a folder: all of the variance is between the classes."""
+    labels = np.arange(n) * 10 // n
+    pixels = torch.from_numpy(25 * labels).to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, 8, 8)
+    source = ArraySource(pixels, labels)
+    names = tuple(map(str, range(10)))
+    data = Data("toy", "folder", source, source, names, (0.0,), (1.0,), (8, 8))
+    images = Images(data, ImageSettings(in_chans=1, workers=0), (8, 8), (0.0,), (1.0,))
+    norm = nn.Sequential(nn.BatchNorm2d(1))
+    recalibrate_batchnorm(norm, images.calibration())
+    whole = pixels.float() / 255
+    assert norm[0].running_mean.item() == pytest.approx(whole.mean().item(), rel=0.02)
+    assert norm[0].running_var.item() == pytest.approx(whole.var().item(), rel=0.05)

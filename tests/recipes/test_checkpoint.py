@@ -42,6 +42,19 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["update-000000300.pt", "update-000004000.pt"]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_saved_last_is_the_newest(tmp_path: Path, keep: int) -> None:
+    """On four times as many processes the thousandth update is the 250th: what follows must not be taken for older."""
+    save(tmp_path, 1000, STATE, keep=2)
+    for update in (300, 400):
+        path = save(tmp_path, update, state_of(update), keep)
+        assert listing(tmp_path)[0] == path
+    found = load_newest(tmp_path, fall_back=True)
+    assert found is not None
+    assert found[1]["update"] == 400
+    assert len(listing(tmp_path)) == keep
+
+
 def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
     """One bit of every byte in turn. Some carry nothing: padding, dates. What loads must be what was saved."""
     state = state_of(3, nested={"tuple": (1, None, "x")}, tensor=torch.arange(8.0))

@@ -271,6 +271,28 @@ def test_resume_in_every_stage_is_the_uninterrupted_run(
     assert "EfficientTrain (et_pp): [(32, 32), (48, 48), (64, 64)] by " + op in capsys.readouterr().out
 
 
+def test_resume_with_changes_goes_on_at_the_right_batch(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update has one batch here, not two. What is changed has no say in the numbers."""
+    import leaven.recipes.common.loop as loop
+
+    flags = [*TRAINING, "--curriculum", "et"]
+    whole, plain = run(TRAIN, "whole", *flags), loop._gradients
+
+    def gradients(*args: Any) -> Any:
+        if args[4] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_gradients", gradients)
+        with pytest.raises(SystemExit):
+            run(TRAIN, "broken", *flags)
+    broken = run(TRAIN, "broken", *flags, "--resume", "auto", "--resume-changed", "--max-bad-images", "11")
+    assert rows(whole) == rows(broken)
+
+
 @pytest.mark.slow
 def test_spark_under_the_curriculum(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[int, int]] = []

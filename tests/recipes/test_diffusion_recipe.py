@@ -12,6 +12,7 @@ from recipe_programs import DIFFUSION, refusal
 
 from leaven.backbones import load
 from leaven.pretext.diffusion import UNet, make_head
+from leaven.recipes.common.dry_run import noise
 
 Recipe = Callable[[Path], ModuleType]
 TINY = """
@@ -91,6 +92,14 @@ def test_few_labels_and_no_labels(recipe: Recipe, capsys: pytest.CaptureFixture[
         Image.new("RGB", (8, 8), (3 * i, 0, 0)).save(f"images/{i}.png")
     module.main([*quick, "--data", "images", "--batch-size", "16", "--output-dir", "none"])
     assert "no labels: features are not probed" in capsys.readouterr().out
+
+
+def test_no_cell_is_chosen_on_no_images(recipe: Recipe) -> None:
+    """Of four labels a fifth is none."""
+    module = recipe(DIFFUSION)
+    settings = module.DiffusionSettings(in_chans=1, labels="1")
+    images = module.scaled(noise(8, (8, 8), 1, classes=4), settings)
+    assert module.judge(None, images, settings, None) == ([], ["4 labels are too few to learn from"], [])
 
 
 def test_the_dry_run(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

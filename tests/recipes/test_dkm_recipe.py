@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ import torch
 from recipe_programs import DKM, refusal, start
 
 from leaven.bayes import DeepKernelMachine
+from leaven.bayes.deep_kernel_machine import Prediction
 from leaven.recipes.common.flags import UserError, run_main
-from leaven.recipes.common.tables import open_table
+from leaven.recipes.common.tables import Scale, open_table
 
 Recipe = Callable[[Path], ModuleType]
 QUICK = ["--steps", "40", "--inducing", "10", "--nu", "1"]
@@ -87,6 +88,14 @@ def test_columns_and_rows_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not np.array_equal(opened.split(1)[1], test)
 
 
+def test_a_constant_column_stays_at_0() -> None:
+    """What differs from it among the test rows keeps its unit. The deviation of these is 3e-17 as computed."""
+    column = np.full((455, 1), 0.1)
+    scale = Scale(column)
+    torch.testing.assert_close(scale(column), torch.zeros(455, 1))
+    torch.testing.assert_close(scale(np.array([[1.1]])), torch.ones(1, 1))
+
+
 def test_a_name_may_hold_a_comma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with open("table.csv", "w", newline="") as file:
@@ -125,6 +134,55 @@ def test_the_folder_says_which_rows(recipe: Recipe) -> None:
     recipe(DKM).main([*QUICK, "--data", "folder", "--splits", "2", "--seeds", "2", "--output-dir", "out"])
     assert list(results()["trials"]) == [f"split {k}, seed {s}" for k in (0, 1) for s in (0, 1)]
     assert results()["summary"]["nll"]["standard error"] > 0
+
+
+def test_trials_find_the_run_folder_from_anywhere(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a cluster were started in other folders."""
+    import leaven.recipes.common.study as study
+
+    asked: list[Any] = []
+
+    def run_study(trial: Any, *_: Any) -> None:
+        asked.extend(trial.args)
+        raise UserError("enough")
+
+    monkeypatch.setattr(study, "run_study", run_study)
+    with pytest.raises(UserError, match="enough"):
+        recipe(DKM).main([*QUICK, "--output-dir", "out"])
+    assert asked[2] == str(Path("out").resolve())
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
+def test_the_likeliest_nu_is_by_the_predictive_distribution(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, likelihood: str
+) -> None:
+    """E log p(y | f) would take the surer machine, of "100" here, whose predictions are the worse."""
+    module = recipe(DKM)
+    y = torch.tensor([[1.0], [-1.0]]).repeat(10, 1) if likelihood == "gaussian" else torch.arange(20) % 2
+
+    class Machine:
+        def __init__(self, nu: str) -> None:
+            self.nu = nu
+
+        def __call__(self, x: torch.Tensor) -> Prediction:
+            unsure = self.nu == "1"
+            if likelihood == "gaussian":
+                variance, noise = (0.9, 0.1) if unsure else (0.0, 0.3)
+                return Prediction(
+                    torch.zeros(len(x), 1), torch.full((len(x), 1), variance), torch.tensor(noise)
+                )
+            mean = torch.tensor([0.0, 0.0, 0.0 if unsure else 1.0]).expand(len(x), 3)  # no label is 2
+            return Prediction(mean, torch.full((len(x), 1), 100.0 * unsure), None)
+
+        def expected_log_prob(self, prediction: Prediction, y: torch.Tensor) -> torch.Tensor:
+            return DeepKernelMachine.expected_log_prob(
+                SimpleNamespace(out_features=3, draws=500), prediction, y
+            )
+
+    monkeypatch.setattr(module, "build", lambda settings, x, outputs, nu, likelihood: Machine(nu))
+    monkeypatch.setattr(module, "fit", lambda machine, x, y, **how: machine)
+    settings = module.DKMSettings(nu=("100", "1"))
+    assert module.learn(settings, torch.randn(20, 3), y, 3, 0, likelihood)[1] == "1"
 
 
 def test_units_are_the_targets_own(recipe: Recipe) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from recipe_programs import EVALUATE
@@ -20,7 +19,7 @@ from leaven.recipes.common.augment import eval_transform
 from leaven.recipes.common.data import open_data
 from leaven.recipes.common.few_labels import few_labels
 from leaven.recipes.common.flags import run_main
-from leaven.recipes.common.sampler import Key
+from leaven.recipes.common.sampler import Key, permutation
 
 Evaluate = Callable[..., dict[tuple[str, str], dict[str, Any]]]
 SMALL = ["--image-size", "32", "--workers", "0", "--few", "2,1%", "--few-seeds", "2"]
@@ -75,7 +74,7 @@ def test_results_are_those_of_the_protocols(
     said = capsys.readouterr().out
     assert {who for who, _ in found} == {"raw pixels", "untrained backbone", "w.safetensors"}
     images, _ = digits("train", 32)
-    recalibrate_batchnorm(model, images[np.arange(512) * len(images) // 512])
+    recalibrate_batchnorm(model, images[permutation(0, 0, 512, "calibration") * len(images) // 512])
     for who, backbone, size in (("w.safetensors", model, 32), ("raw pixels", nn.Flatten(), 8)):
         for protocol, score in by_hand(backbone, size).items():
             result = found[who, protocol]

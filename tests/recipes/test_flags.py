@@ -119,6 +119,8 @@ def test_precedence_is_default_preset_file_flag(tmp_path):
     assert settings == Settings(lr=1.0, epochs=20, batch_size=8, image_size=(224, 224))
     named = file(tmp_path, "preset: paper\nepochs: 3\n")
     assert parse(Settings, ["-c", named], presets=presets).batch_size == 4096
+    two = presets | {"small": {"batch_size": 16}}
+    assert parse(Settings, ["-c", named, "--preset", "small"], presets=two).batch_size == 16
     assert parse(Settings, [], presets=presets) == Settings()
 
 

@@ -105,6 +105,9 @@ def test_the_accuracy_of_a_network_that_knows(rotnet: Main, recipe: Recipe) -> N
             images[:, 0, 0, 0] = 1
             return [(images, torch.zeros(6))]
 
+        def calibration(self) -> list[tuple[Tensor, Tensor]]:
+            return self.whole(None, 6)
+
     class Knows(RotNet):
         def __init__(self, order: list[int]) -> None:
             nn.Module.__init__(self)

@@ -67,6 +67,20 @@ def test_what_a_stage_is(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["score"] == 0.2
 
 
+@pytest.mark.parametrize("steps", [1, 20, 24, 29, 30, 49, 71])
+def test_a_stage_fits_the_batches_that_there_are(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """An epoch has 20: one of 24 would end early, and sizes would be compared at unequal computation."""
+    module = recipe(SEARCH)
+    asked: list[Any] = []
+    monkeypatch.setattr(module, "accuracy", lambda settings: asked.append(settings) or 0.5)
+    settings = module.trainings(module.SearchSettings(sizes=(32, 64), image_size=(64, 64)))
+    module.stage(settings, "folder", 20, 3, None, 1, 32, steps)
+    done = asked[0].epochs * min(asked[0].limit_batches, 20)
+    assert abs(done - steps) <= asked[0].epochs / 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["greedy", "compute"])
 def test_a_search_finds_a_curriculum_and_does_nothing_twice(tmp_path: Path, method: str) -> None:

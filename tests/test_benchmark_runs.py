@@ -1,0 +1,85 @@
+"""The benchmarks that are made of runs of the recipes, without a run: what is done, and what is not done again."""
+
+import json
+import sys
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import evonorm_layers
+import scalekd
+import scalekd_arms
+from ledger import Ledger, data_sets
+
+from leaven.recipes.scalekd import ScaleKDSettings
+
+
+def test_images_are_unpacked_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cifar10-jpeg").mkdir()
+    with zipfile.ZipFile(tmp_path / "cifar10-jpeg" / "cifar10-jpeg-12k.zip", "w") as archive:
+        for name in ("train/cat/0.jpg", "train/dog/1.jpg", "test/cat/2.jpg"):
+            archive.writestr(f"cifar10-jpeg/{name}", name)
+    work, plain = tmp_path / "work", zipfile.ZipFile.extractall
+
+    def killed(self: zipfile.ZipFile, path: Any) -> None:
+        plain(self, path, ["cifar10-jpeg/train/cat/0.jpg"])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extractall", killed)
+        with pytest.raises(KeyboardInterrupt):
+            data_sets(tmp_path, work)
+    cifar = Path(data_sets(tmp_path, work)["cifar"])
+    assert len([*cifar.rglob("*.jpg")]) == 3
+    assert [*work.iterdir()] == [cifar]
+
+
+def test_a_teacher_that_is_not_here_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger knows it from another machine; the students need its weights."""
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps({"name": scalekd.taught().name, "top1": 0.7}) + "\n")
+    trained = []
+
+    def execute(chains: Any, data: Any, work: Any, jobs: int, ledger: Ledger) -> None:
+        trained.extend(run.name for chain in chains for run in chain if run.name not in ledger.rows)
+
+    monkeypatch.setattr(scalekd, "LEDGER", path)
+    monkeypatch.setattr(scalekd, "execute", execute)
+    monkeypatch.setattr(scalekd, "data_sets", lambda data, work: {})
+    how = {"data": tmp_path, "work": tmp_path, "jobs": 1}
+    monkeypatch.setattr(scalekd, "arguments", lambda *_: Namespace(step="teacher", **how))
+    scalekd.main()
+    assert trained == [scalekd.taught().name]
+    (tmp_path / scalekd.taught().name).mkdir()
+    (tmp_path / scalekd.taught().name / "backbone.safetensors").touch()
+    scalekd.main()
+    assert len(trained) == 1
+
+
+def test_an_ablation_leaves_the_settings_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints have them; a run that goes on is refused if they differ."""
+    asked: list[Any] = []
+    monkeypatch.setattr(scalekd_arms, "distilled", lambda settings, *_: (asked.append(settings), []))
+    settings = ScaleKDSettings()
+    scalekd_arms.without("frequency", settings, None, None, None)  # type: ignore[arg-type]
+    assert asked[0].alpha_freq == 0
+    assert settings == ScaleKDSettings()
+
+
+def test_memory_is_that_of_a_layer_within_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its input has a gradient, for which more is kept."""
+    monkeypatch.setattr(evonorm_layers, "SHAPES", ((2, 32, 8, 8),))
+    monkeypatch.setattr(
+        evonorm_layers, "interleaved", lambda ways, **_: {name: {"ratio_to_BN, ReLU": 1} for name in ways}
+    )
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    rows = evonorm_layers.cost()["2x32x8x8, eager"]
+    x = torch.randn(2, 32, 8, 8, requires_grad=True) * 1.0
+    for name, layer in evonorm_layers.layers(32).items():
+        assert rows[name]["kept_mib"] == evonorm_layers.kept(layer, x)
