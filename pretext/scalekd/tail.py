@@ -142,6 +142,8 @@ class TeacherTail:
             return tokens
         if self.layout == "nhwc":
             return tokens.movedim(1, 3)
+        if not self.prefix:  # of cached targets the entry is then a map
+            return tokens.flatten(2).mT
         prefix = targets.entry[:, : self.prefix].repeat(views, 1, 1).to(tokens.dtype)
         return torch.cat([prefix, tokens.flatten(2).mT], 1)
 
