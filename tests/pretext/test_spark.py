@@ -118,6 +118,19 @@ def test_smaller_and_larger_mask_cells() -> None:
         assert spark.reconstruct(images).shape == images.shape
 
 
+def test_a_reconstruction_leaves_no_trace() -> None:
+    spark = SparK("resnet18", decoder_width=64, stages=(4, 8))
+    spark.decoder.eval()
+    modes = [module.training for module in spark.modules()]
+    before = {name: value.clone() for name, value in spark.state_dict().items()}
+    images = _images()
+    mask = _mask(spark, images)
+    pasted = spark.reconstruct(images, mask)
+    assert [module.training for module in spark.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in spark.state_dict().items())
+    assert torch.equal(spark.eval().reconstruct(images, mask), pasted)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
