@@ -149,6 +149,15 @@ def test_settings_that_do_not_fit_say_so(settings: dict[str, object], message: s
         SparK("resnet18", **{"decoder_width": 64, **settings})  # type: ignore[arg-type]
 
 
+def test_a_map_as_large_as_the_image_is_refused_and_not_left_without_a_part() -> None:
+    body = [nn.Sequential(nn.Conv2d(a, 8, 3, stride, 1), nn.ReLU()) for a, stride in ((3, 1), (8, 2), (8, 2))]
+    with pytest.raises(ValueError, match=r"^stages=\(1, 2, 4\): a map as large as the image .* leave 1 out$"):
+        SparK(nn.Sequential(*body), decoder_width=16, stages=(1, 2, 4))
+    spark = SparK(nn.Sequential(*body), decoder_width=16, stages=(2, 4))
+    spark(_images(2, 16, 16)).loss.backward()
+    assert all(parameter.grad is not None for parameter in spark.parameters())
+
+
 def test_inputs_that_do_not_fit_say_so() -> None:
     spark = SparK("resnet18", decoder_width=64)
     with pytest.raises(ValueError, match="100x96 is not a multiple of the mask cell 32; try 96x96"):
