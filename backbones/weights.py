@@ -101,7 +101,9 @@ def load(
     """
     state, notes = _read(path)
     if isinstance(model_or_name, str):
-        arguments: dict[str, Any] = {key: literal_eval(notes[key]) for key in _BUILD_ARGUMENTS if key in notes}
+        arguments: dict[str, Any] = {
+            key: literal_eval(notes[key]) for key in _BUILD_ARGUMENTS if key in notes
+        }
         if image_size is not None:
             arguments["image_size"] = image_size
         model = create(model_or_name, **arguments)

@@ -455,7 +455,9 @@ def test_a_curriculum_asks_the_objective_for_its_sizes_when_it_is_attached() -> 
     backbone = create("test_resnet")
     both = Auxiliary(SparK(backbone, decoder_width=32), RotNet(backbone))
     curriculum = EfficientTrain(Schedule((Stage(0.5, 64), Stage(0.8, 80), Stage(1.0, 96))), image_size=96)
-    with pytest.raises(AttachError, match=r"does not take images of 80x80 .*not a multiple of the mask cell 32"):
+    with pytest.raises(
+        AttachError, match=r"does not take images of 80x80 .*not a multiple of the mask cell 32"
+    ):
         attach(both, torch.optim.SGD(both.parameters(), 0.1), curriculum, total_steps=9)
     auxiliary().check_image_size(80, 80)  # an objective without sizes of its own takes any
 
