@@ -8,7 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+# Their outputs are no maps of a network: pooled to some size, or a map with a border for the next layer.
+_NO_MAPS = (
+    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    *(nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
+)
 
 
 @dataclass
@@ -56,7 +60,7 @@ def trace(model: nn.Module, image: Tensor, entry: str) -> Call:
         call = stack.pop()
         call.output = output
         call.version = output._version if isinstance(output, Tensor) else 0
-        found = None if isinstance(module, _ADAPTIVE) else map_of(output, image)
+        found = None if isinstance(module, _NO_MAPS) else map_of(output, image)
         if found is not None:
             call.gives, call.channels, call.channels_last = found
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from leaven.backbones.build import create
 from leaven.backbones.classifier import around_classifier
 from leaven.backbones.names import resolve
 
-# Arguments of `create` that `load` takes from the metadata when it is given a name.
+# Arguments of `create` that `load` takes from the metadata when it is given a name; a size may be a pair.
 _BUILD_ARGUMENTS = ("in_chans", "num_classes", "image_size")
 
 
@@ -89,7 +90,7 @@ def load(
     Args:
         model_or_name: a module, which is filled in place, or a name for `create`.
         path: a safetensors file.
-        image_size: for `create`: weights of a network that is built for one size fit that size only.
+        image_size: for `create`: weights of a network that is built for one size fit that size only. None: as noted.
 
     Returns:
         The module.
@@ -100,8 +101,12 @@ def load(
     """
     state, notes = _read(path)
     if isinstance(model_or_name, str):
-        arguments: dict[str, Any] = {key: int(notes[key]) for key in _BUILD_ARGUMENTS if key in notes}
-        model = create(model_or_name, image_size=image_size, **arguments)
+        arguments: dict[str, Any] = {
+            key: literal_eval(notes[key]) for key in _BUILD_ARGUMENTS if key in notes
+        }
+        if image_size is not None:
+            arguments["image_size"] = image_size
+        model = create(model_or_name, **arguments)
         label = model_or_name
     else:
         model, label = model_or_name, type(model_or_name).__name__

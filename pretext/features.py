@@ -92,7 +92,7 @@ def recalibrate_batchnorm(
     device, seen = device_of(backbone), 0
     with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(backbone):
         try:
-            for images in _batches(batches, batch_size):
+            for images in _without_rest_of_one(_batches(batches, batch_size)):
                 seen += len(images)
                 for norm in norms:
                     if not norm.training:  # the first batch
@@ -106,6 +106,19 @@ def recalibrate_batchnorm(
     if not seen:
         raise ValueError("no images to recalibrate BatchNorm with")
     return len(norms)
+
+
+def _without_rest_of_one(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """A single image joins the batch before it: alone, a norm of pooled features has no variance, and raises."""
+    held: Tensor | None = None
+    for images in batches:
+        if held is not None and len(images) == 1 < len(held) and images.shape[1:] == held.shape[1:]:
+            images = torch.cat([held, images])
+        elif held is not None:
+            yield held
+        held = images
+    if held is not None:
+        yield held
 
 
 @contextmanager

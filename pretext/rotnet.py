@@ -202,6 +202,16 @@ class Auxiliary(nn.Module):
         logs = {**main.logs, **rotation.logs, "rotation_loss": rotation.loss.detach()}
         return Output(main.loss + self.weight * rotation.loss, logs)
 
+    def check_image_size(self, height: int, width: int) -> None:
+        """Whether the objective takes images of this size; curricula ask when they are attached.
+
+        Raises:
+            ValueError: it does not.
+        """
+        check: Any = getattr(self.objective, "check_image_size", None)
+        if check is not None:
+            check(height, width)
+
     def no_weight_decay(self) -> set[str]:
         """The objective's own."""
         own: Any = getattr(self.objective, "no_weight_decay", tuple)

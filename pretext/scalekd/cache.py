@@ -90,7 +90,8 @@ class CachedTargets:
     """
 
     def __init__(self, folder: str | os.PathLike[str], objective: ScaleKD) -> None:
-        paths = sorted(Path(folder).glob("[0-9]*.safetensors"))
+        # By number: by name, 100000 comes before 99999.
+        paths = sorted(Path(folder).glob("[0-9]*.safetensors"), key=lambda path: int(path.stem))
         if not paths:
             raise FileNotFoundError(f"no cached targets in {folder}: write_targets makes them")
         self._paths, self._files = paths, [open_shard(path) for path in paths]

@@ -103,6 +103,7 @@ class TeacherTail:
         Raises:
             NoTail: the layers did not run one after another.
         """
+        self._follow(images)
         logits, entry, calls, outputs = self._pass(images)
         if self._per_image is None:
             one, two = (self._pass(images[:1].expand(n, -1, -1, -1))[2] for n in (1, 2))
@@ -127,6 +128,7 @@ class TeacherTail:
         Returns:
             The normed map (B, C', H, W).
         """
+        self._follow(tokens)
         views = len(tokens) // len(targets.entry)
         x: Tensor = self._entry(tokens, targets, views)
         for number, layer in enumerate(self.layers):
@@ -137,11 +139,19 @@ class TeacherTail:
             )
         return self._map(x, (int(tokens.shape[2]), int(tokens.shape[3])))
 
+    def _follow(self, x: Tensor) -> None:
+        """Bring the teacher to the device of `x`: copies share it, and one that was moved has taken it along."""
+        first = next(self.teacher.parameters(), None)
+        if first is not None and first.device != x.device:
+            self.teacher.to(x.device)
+
     def _entry(self, tokens: Tensor, targets: Targets, views: int) -> Tensor:
         if self.layout == "nchw":
             return tokens
         if self.layout == "nhwc":
             return tokens.movedim(1, 3)
+        if not self.prefix:  # of cached targets the entry is then a map
+            return tokens.flatten(2).mT
         prefix = targets.entry[:, : self.prefix].repeat(views, 1, 1).to(tokens.dtype)
         return torch.cat([prefix, tokens.flatten(2).mT], 1)
 

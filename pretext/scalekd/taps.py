@@ -29,6 +29,7 @@ class Tap:
         grid: (h, w) on the image that was tried.
         prefix: tokens before those of the map.
         call: which of the module's calls in one pass.
+        overwritten: the network later changes the map in place, so that it must be copied.
     """
 
     name: str
@@ -37,6 +38,11 @@ class Tap:
     grid: tuple[int, int]
     prefix: int = 0
     call: int = 0
+    overwritten: bool = False
+
+
+Seen = tuple[str, int, Tensor, Tensor]
+"""Of one call of a module: its path, the call's number, what it returned, and that tensor as it was left."""
 
 
 def two_stages(student: nn.Module, image_size: ImageSize = None) -> tuple[Stage, Stage]:
@@ -74,9 +80,9 @@ def find_taps(
         NoStages: the student does not run, or no module's output is such a map.
     """
 
-    def run(image: Tensor) -> tuple[list[Tensor], list[tuple[str, int, Tensor]]]:
+    def run(image: Tensor) -> tuple[list[Tensor], list[Seen]]:
         wanted = features(student, image, stages)
-        seen: list[tuple[str, int, Tensor]] = []
+        seen: list[Seen] = []
         counts: dict[str, int] = {}
         handles = []
 
@@ -84,7 +90,7 @@ def find_taps(
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 call = counts[name] = counts.get(name, -1) + 1
                 if isinstance(output, Tensor) and output.ndim in (3, 4):
-                    seen.append((name, call, output.clone()))
+                    seen.append((name, call, output.clone(), output))
 
             return hook
 
@@ -109,13 +115,13 @@ def find_taps(
     return third, fourth
 
 
-def _match(student: nn.Module, stage: Stage, map_: Tensor, seen: list[tuple[str, int, Tensor]]) -> Tap:
+def _match(student: nn.Module, stage: Stage, map_: Tensor, seen: list[Seen]) -> Tap:
     grid = (int(map_.shape[2]), int(map_.shape[3]))
     # The last: fresh residual blocks are often the identity, and the map of the one before is the same.
-    for name, call, output in reversed(seen):
+    for name, call, output, later in reversed(seen):
         for tap in _readings(name, call, output, map_.shape[1], grid):
             if torch.equal(read(tap, output, grid), map_):
-                return tap
+                return replace(tap, overwritten=not torch.equal(output, later))
     raise NoStages(
         f"no module of {type(student).__name__} gives its map {stage.name} when it is called; give others as stages="
     )
@@ -160,6 +166,7 @@ def tapped(student: nn.Module, taps: tuple[Tap, ...], images: Tensor) -> tuple[A
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             if calls[0] == tap.call:
+                output = output.clone() if tap.overwritten else output
                 out[i] = read(tap, output, _token_grid(output, tap, images))
             calls[0] += 1
 

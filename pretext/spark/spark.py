@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from leaven.backbones import classifier_names, create, resolve, save, unused_parameters
 from leaven.backbones import stages as backbone_stages
 from leaven.backbones.probe import UNSUITABLE, candidate_images, first_that_runs, reason_of, untouched
+from leaven.pretext.features import eval_mode
 from leaven.pretext.output import Output
 from leaven.pretext.spark.decoder import Densify, LightDecoder
 from leaven.pretext.spark.dense import dense_encode
@@ -152,11 +153,13 @@ class SparK(nn.Module):
     def reconstruct(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) with their hidden patches as predicted, in the images' own units.
 
-        A predicted patch is standardised; its mean and deviation are taken from the hidden patch, as upstream does.
+        In eval mode, so that norm layers learn nothing of these images; the modes come back. A predicted patch is
+        standardised; its mean and deviation are taken from the hidden patch, as upstream does.
         Arguments: see `forward`.
         """
         mask, geo = self._geometry(images, mask)
-        return reconstruction(self._decode(images, mask, geo), images, mask)
+        with eval_mode(self):
+            return reconstruction(self._decode(images, mask, geo), images, mask)
 
     def export(self, path: str | os.PathLike[str], *, name: str | None = None, **metadata: Any) -> None:
         """Write the backbone's weights, which load strictly into plain timm or torchvision.

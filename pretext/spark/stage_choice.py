@@ -11,7 +11,7 @@ def choose_stages(found: Sequence[Stage], reductions: Sequence[int] | None) -> t
 
     Raises:
         SparseUnsupported: if the backbone's reductions do not double down to pixels.
-        ValueError: if a reduction asked for does not exist.
+        ValueError: if a reduction asked for does not exist, or is 1: the decoder's maps are smaller than the image.
     """
     have = [stage.reduction for stage in found]
     if reductions is None:
@@ -21,6 +21,10 @@ def choose_stages(found: Sequence[Stage], reductions: Sequence[int] | None) -> t
         if missing or not reductions:
             raise ValueError(
                 f"stages={tuple(reductions)}: no map of reduction {missing}; this backbone has {have}"
+            )
+        if 1 in reductions:
+            raise ValueError(
+                f"stages={tuple(reductions)}: a map as large as the image has no place in the decoder; leave 1 out"
             )
         chosen = tuple(stage for stage in found if stage.reduction in set(reductions))
     if not chosen or any(stage.reduction & (stage.reduction - 1) for stage in chosen):

@@ -129,9 +129,24 @@ def swap(backbone: nn.Module) -> None:
     for module in backbone.modules():
         kind = type(module)
         if kind not in _SWAPS and (bases := _bases(kind)):
-            _SWAPS[kind] = type(kind.__name__, bases, {"__module__": kind.__module__})
+            names = {"__module__": kind.__module__, "__reduce_ex__": _reduce}
+            _SWAPS[kind] = type(kind.__name__, bases, names)
         if kind in _SWAPS:
             module.__class__ = _SWAPS[kind]
+
+
+def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """For copies and pickles of a class made above, which has its plain class's name and is not found by it."""
+    plain = next(theirs for theirs, ours in _SWAPS.items() if ours is type(module))
+    return _swapped, (plain,), module.__getstate__()
+
+
+def _swapped(kind: type[nn.Module]) -> nn.Module:
+    """A module of class `kind` with its map-aware class, empty yet."""
+    module: nn.Module = nn.Module.__new__(kind)
+    nn.Module.__init__(module)
+    swap(module)
+    return module
 
 
 def _bases(kind: type[nn.Module]) -> tuple[type[nn.Module], ...]:

@@ -335,6 +335,22 @@ def test_a_trunk_that_takes_something_else_than_the_image_is_not_called_on_it() 
     assert torch.equal(two, model(x))
 
 
+@pytest.mark.parametrize("pad", [nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d])
+def test_a_border_makes_no_map_of_another_reduction(pad: type[nn.Module]) -> None:
+    """14 positions of a 224 px image and a border are 16: as many as a reduction of 14 would give."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.pad, self.mix = nn.Conv2d(4, 8, 4, 4), pad(1), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mix(self.pad(self.down(x)))
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), Block())
+    assert [(stage.name, stage.reduction) for stage in stages(model)] == [("0", 4), ("1", 16)]
+
+
 def test_calls_before_the_trunk_are_counted() -> None:
     body = Lines(lambda net, x: net.act(net.two(net.act(net.one(x)))))
     model = Lines(lambda net, x: (net.body.act(x[:, :1]), net.body(x))[1]).eval()

@@ -98,6 +98,16 @@ def test_metadata_says_how_to_build(tmp_path) -> None:
     assert metadata(tmp_path / "w.safetensors")["epochs"] == "3"
 
 
+@pytest.mark.parametrize("size", [64, (32, 64)])
+def test_a_noted_image_size_is_that_of_the_network_unless_another_is_given(tmp_path, size) -> None:
+    model = create("test_vit", image_size=size)
+    save(model, tmp_path / "w.safetensors", name="test_vit", metadata={"image_size": size})
+    assert equal(load("test_vit", tmp_path / "w.safetensors"), model)
+    assert equal(load("test_vit", tmp_path / "w.safetensors", image_size=size), model)
+    with pytest.raises(WeightsMismatch, match="shapes differ: pos_embed"):
+        load("test_vit", tmp_path / "w.safetensors", image_size=96)
+
+
 def test_an_unknown_name_is_refused_before_anything_is_written(tmp_path) -> None:
     with pytest.raises(UnknownBackbone):
         save(nn.Linear(1, 1), tmp_path / "w.safetensors", name="no_such_net")

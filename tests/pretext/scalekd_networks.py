@@ -50,6 +50,7 @@ TEACHERS: dict[str, Callable[[Size], nn.Module]] = {
     "convnext": lambda size: ConvNeXt(
         depths=(1, 1, 2, 1), dims=(8, 16, 32, 64), num_classes=CLASSES, drop_path_rate=0.3
     ),
+    "vit, patches alone": partial(vit, class_token=False, global_pool="avg"),
 }
 
 

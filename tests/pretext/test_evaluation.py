@@ -593,6 +593,19 @@ def test_recalibration_passes_over_empty_batches_and_norms_without_statistics() 
     torch.testing.assert_close(model[0].running_mean, images.mean((0, 2, 3)))
 
 
+def test_one_image_left_over_is_recalibrated_with_the_batch_before() -> None:
+    """The last map of such a network is 1x1: one image alone has one value per channel."""
+    model, images = nn.Sequential(nn.Conv2d(3, 4, 4), nn.BatchNorm2d(4)), torch.randn(9, 3, 4, 4)
+    with torch.no_grad():
+        parts = [model[0](part) for part in (images[:4], images[4:])]
+    for batches in (images, DataLoader(TensorDataset(images), batch_size=4)):
+        assert recalibrate_batchnorm(model, batches, batch_size=4) == 1
+        mean = sum(len(part) * part.mean((0, 2, 3)) for part in parts) / 9
+        variance = sum(len(part) * part.var((0, 2, 3)) for part in parts) / 9
+        torch.testing.assert_close(model[1].running_mean, mean)
+        torch.testing.assert_close(model[1].running_var, variance)
+
+
 def test_recalibration_without_batchnorm_or_images() -> None:
     assert recalibrate_batchnorm(nn.Conv2d(3, 4, 1), torch.randn(2, 3, 4, 4)) == 0
     model = Tiny()

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from leaven.backbones import create
+from leaven.callbacks import AttachError, attach
+from leaven.curricula import EfficientTrain, Schedule, Stage
 from leaven.pretext import (
     Auxiliary,
     RotNet,
@@ -446,6 +448,18 @@ def test_auxiliary_exports_as_its_objective_and_checks_its_parts(tmp_path) -> No
         Auxiliary(supervised, RotNet("test_resnet"))
     with pytest.raises(ValueError, match=r"must not be negative, not -1$"):
         Auxiliary(supervised, RotNet(supervised.backbone), weight=-1)
+
+
+def test_a_curriculum_asks_the_objective_for_its_sizes_when_it_is_attached() -> None:
+    """And not after hours of training, at the first update of a stage whose size SparK's masks do not divide."""
+    backbone = create("test_resnet")
+    both = Auxiliary(SparK(backbone, decoder_width=32), RotNet(backbone))
+    curriculum = EfficientTrain(Schedule((Stage(0.5, 64), Stage(0.8, 80), Stage(1.0, 96))), image_size=96)
+    with pytest.raises(
+        AttachError, match=r"does not take images of 80x80 .*not a multiple of the mask cell 32"
+    ):
+        attach(both, torch.optim.SGD(both.parameters(), 0.1), curriculum, total_steps=9)
+    auxiliary().check_image_size(80, 80)  # an objective without sizes of its own takes any
 
 
 # --- from end to end

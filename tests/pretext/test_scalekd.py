@@ -250,6 +250,27 @@ def test_copies_share_the_teacher_and_it_moves_along() -> None:
     assert distil(x.double(), y).loss.dtype == torch.float64
 
 
+def test_the_teacher_comes_back_from_where_a_copy_has_taken_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An average that is kept on another device is such a copy. Without one here, the move itself is watched."""
+    distil = objective()
+    teacher, moves = distil.tail.teacher, []
+
+    def move(device: torch.device) -> None:
+        moves.append(device)
+        raise InterruptedError
+
+    monkeypatch.setattr(teacher, "to", move)
+    x, y = batch()
+    targets = distil.tail.targets(x)
+    distil(x, y)
+    assert moves == []
+    elsewhere = torch.empty(4, 32, 8, 8, device="meta")
+    for call in (lambda: distil.tail.targets(x.to("meta")), lambda: distil.tail(elsewhere, targets)):
+        with pytest.raises(InterruptedError):
+            call()
+    assert moves == [torch.device("meta")] * 2
+
+
 def test_bf16_autocast_is_finite_and_close() -> None:
     x, y = batch()
     distil = objective("convnext", "swin")

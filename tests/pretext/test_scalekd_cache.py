@@ -76,6 +76,16 @@ def test_writing_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_more_files_than_five_digits_count_stay_in_order(tmp_path: Path) -> None:
+    distil, images = objective(), pictures()
+    write_targets(tmp_path, distil, batches(images), 7)
+    for number in (2, 1, 0):
+        (tmp_path / f"{number:05}.safetensors").rename(tmp_path / f"{number + 99_998:05}.safetensors")
+    cached = CachedTargets(tmp_path, distil)(torch.arange(7), images)
+    expected = distil.tail.targets(distil.for_teacher(images)).map
+    torch.testing.assert_close(cached.map, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_half_precision_is_half_the_size(tmp_path: Path) -> None:
     distil, images = objective(), pictures()
     labels = torch.arange(7) % CLASSES

@@ -172,6 +172,28 @@ def test_a_map_of_a_fresh_residual_network_is_its_last_blocks() -> None:
     assert [tap.name for tap in find_taps(student, two_stages(student))] == ["layer3", "layer4"]
 
 
+def test_a_map_that_the_student_overwrites_is_that_of_the_module() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.BatchNorm2d(4))
+            self.second = nn.Sequential(nn.Conv2d(4, 6, 2, 2), nn.BatchNorm2d(6))
+            self.fc = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in (self.first, self.second):
+                x = F.relu(part(x), inplace=True)
+            return self.fc(x.mean((2, 3)))
+
+    student, x = InPlace().eval(), torch.randn(2, 3, 32, 32)
+    stages = two_stages(student)
+    logits, maps = tapped(student, find_taps(student, stages), x)
+    assert torch.equal(logits, student(x))
+    for found, expected in zip(maps, features(student, x, stages), strict=True):
+        assert expected.min() < 0
+        assert torch.equal(found, expected)
+
+
 def test_students_without_two_maps_are_named() -> None:
     with pytest.raises(NoStages):
         two_stages(nn.Sequential(nn.Flatten(), nn.LazyLinear(5)))

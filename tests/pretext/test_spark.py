@@ -118,6 +118,19 @@ def test_smaller_and_larger_mask_cells() -> None:
         assert spark.reconstruct(images).shape == images.shape
 
 
+def test_a_reconstruction_leaves_no_trace() -> None:
+    spark = SparK("resnet18", decoder_width=64, stages=(4, 8))
+    spark.decoder.eval()
+    modes = [module.training for module in spark.modules()]
+    before = {name: value.clone() for name, value in spark.state_dict().items()}
+    images = _images()
+    mask = _mask(spark, images)
+    pasted = spark.reconstruct(images, mask)
+    assert [module.training for module in spark.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in spark.state_dict().items())
+    assert torch.equal(spark.eval().reconstruct(images, mask), pasted)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -134,6 +147,15 @@ def test_smaller_and_larger_mask_cells() -> None:
 def test_settings_that_do_not_fit_say_so(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparK("resnet18", **{"decoder_width": 64, **settings})  # type: ignore[arg-type]
+
+
+def test_a_map_as_large_as_the_image_is_refused_and_not_left_without_a_part() -> None:
+    body = [nn.Sequential(nn.Conv2d(a, 8, 3, stride, 1), nn.ReLU()) for a, stride in ((3, 1), (8, 2), (8, 2))]
+    with pytest.raises(ValueError, match=r"^stages=\(1, 2, 4\): a map as large as the image .* leave 1 out$"):
+        SparK(nn.Sequential(*body), decoder_width=16, stages=(1, 2, 4))
+    spark = SparK(nn.Sequential(*body), decoder_width=16, stages=(2, 4))
+    spark(_images(2, 16, 16)).loss.backward()
+    assert all(parameter.grad is not None for parameter in spark.parameters())
 
 
 def test_inputs_that_do_not_fit_say_so() -> None:

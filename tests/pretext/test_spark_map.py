@@ -1,6 +1,8 @@
 # ruff: noqa: E501
 """Every rule of the sparse map against the dense operation: on all cells visible, and on one visible cell against its crop."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -211,6 +213,22 @@ def test_refusals_name_the_operation_and_the_module(name: str) -> None:
         net(pack(IMAGES, [[0, 1], [2, 4]]))
     assert "1.0 (Mixer)" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_map_aware_modules_are_copied_and_pickled(copied: Callable[[nn.Module], nn.Module]) -> None:
+    """Those classes that are made for another library's have its name, by which pickle would not find them."""
+    synced = nn.Sequential(timm.layers.norm_act.SyncBatchNormAct(CHANNELS), nn.Hardswish())
+    swap(synced)
+    for module in (EVONORM, CONTEXT, *synced):
+        twin = copied(module)
+        assert twin is not module
+        assert type(twin) is type(module)
+        assert repr(twin) == repr(module)
+        ours, theirs = module.state_dict(), twin.state_dict()
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert torch.equal(copied(CONTEXT)(IMAGES), CONTEXT(IMAGES))
 
 
 def test_maps_of_two_masks_do_not_combine() -> None:
