@@ -11,9 +11,9 @@ from leaven.recipes.common.start import read_settings
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-import diffusion_features  # noqa: E402
-import dkm_head  # noqa: E402
-from ledger import Run  # noqa: E402
+import diffusion_features
+import dkm_head
+from ledger import Run
 
 RUNS = [dkm_head.backbone(data, kind) for data in dkm_head.SIDE for kind in dkm_head.BACKBONES]
 RUNS += [
