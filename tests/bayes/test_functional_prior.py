@@ -233,6 +233,18 @@ def test_scopes() -> None:
     assert {name.split(".")[0] for name in names["last_block"]} == {"layer4", "fc"}
 
 
+def test_a_parameter_that_layers_share_is_one_group() -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    net, x = nn.Sequential(first, nn.Tanh(), second), torch.randn(4, 3)
+    prior = FunctionalPrior(net)
+    assert set(prior.groups) == {"0.weight", "0.bias", "2.bias"}
+    drawn = prior.sample(2, generator())
+    weight, bias, last = (drawn[name][1] for name in ("0.weight", "0.bias", "2.bias"))
+    expected = (x @ weight.T + bias).tanh() @ weight.T + last
+    torch.testing.assert_close(prior.evaluate(drawn, x)[1], expected)
+
+
 # targets
 
 
