@@ -80,7 +80,7 @@ def fit_prior(
             if not torch.isfinite(found):
                 raise FloatingPointError(f"the distance is {float(found)} at update {step}: lower lr")
             optimizer.zero_grad()
-            found.backward()
+            found.backward(inputs=list(prior.parameters()))  # and none of the module's own
             optimizer.step()
             history.append(float(found.detach()))
             if report is not None:

@@ -373,6 +373,22 @@ def test_classes_are_outputs_of_their_own() -> None:
         assert all(map(math.isfinite, history))
 
 
+def test_matching_leaves_no_gradient_in_the_module() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+    target = GPTarget(gpytorch.kernels.RBFKernel())
+    for distance in ("w1", "energy"):
+        fit_prior(
+            FunctionalPrior(net, scope="head"),
+            target,
+            table_measure(torch.rand(9, 3), 4),
+            distance,
+            steps=2,
+            functions=4,
+            critic_steps=2,
+        )
+    assert all(p.grad is None for p in net.parameters())
+
+
 def test_measures() -> None:
     x = torch.rand(50, 2) + torch.tensor([0.0, 10.0])
     points = table_measure(x, 40, real=0.5, margin=0.1)(generator())
