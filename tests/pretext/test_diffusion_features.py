@@ -221,6 +221,18 @@ def test_another_parameterisation() -> None:
     torch.testing.assert_close(seen[-1], 0.75 * images() + 0.25 * noise)
 
 
+def test_times_are_where_the_images_are() -> None:
+    seen: list[str] = []
+
+    def flow(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        seen.append(t.device.type)
+        return x + t.view(-1, 1, 1, 1) * noise
+
+    made = DiffusionFeatures(net().to("meta"), flow, timesteps=(250,))
+    assert all(maps.is_meta for maps in made(images()).values())
+    assert seen == ["meta"]
+
+
 def test_pooling_and_tokens() -> None:
     maps = images()
     assert torch.equal(pooled(maps, 4), F.adaptive_avg_pool2d(maps, 4))
