@@ -355,6 +355,12 @@ def test_unknown_blocks_have_an_error_of_their_own() -> None:
         features(blocks=["mid"])
 
 
+def test_heads_suit_the_channels() -> None:
+    assert UNet(2, width=8)(images(), torch.tensor([3])).shape == images().shape  # one narrow head
+    with pytest.raises(ValueError, match="attention on 100 channels: head_width must divide them"):
+        UNet(2, width=50)
+
+
 def test_a_network_of_half_precision() -> None:
     """Weights in bfloat16, norms computed in float32: near what full precision gives."""
     full, half = net().eval(), net().eval().bfloat16()
