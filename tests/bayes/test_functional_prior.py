@@ -389,6 +389,23 @@ def test_matching_leaves_no_gradient_in_the_module() -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_other_devices_random_numbers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here there are none, but torch would seed them all."""
+    from leaven.bayes.deep_kernel_machine import DeepKernelMachine, fit
+    from leaven.pretext.diffusion import fresh_like
+
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    kernel = gpytorch.kernels.RBFKernel(lengthscale_prior=gpytorch.priors.LogNormalPrior(0.0, 1.0))
+    prior = FunctionalPrior(mlp(), family="hierarchical")
+    seeded.clear()  # mlp() seeds what there is
+    x = torch.rand(9, 3)
+    fit_prior(prior, GPTarget(kernel), table_measure(x, 4), "energy", steps=1, functions=4)
+    fit(DeepKernelMachine(3, 1, n_inducing=2), x, x[:, :1], steps=1)
+    fresh_like(nn.Linear(2, 2))
+    assert not seeded
+
+
 def test_measures() -> None:
     x = torch.rand(50, 2) + torch.tensor([0.0, 10.0])
     points = table_measure(x, 40, real=0.5, margin=0.1)(generator())
