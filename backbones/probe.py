@@ -47,6 +47,24 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Global random numbers, of the CPU and of a device, from a seed; afterwards they go on where they were.
+
+    `torch.manual_seed` alone seeds every device that there is, and what no block has put aside does not come back.
+    """
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        if cuda or device.type in ("cpu", "meta"):
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, buffer) for name, buffer in module._buffers.items() if buffer is not None)
 

@@ -200,8 +200,7 @@ def _checked(probs: Values, labels: Values) -> tuple[Tensor, Tensor]:
         raise ValueError(f"labels must be class indices from 0 to {probs.shape[1] - 1}")
     tolerance = max(1e-3, torch.finfo(probs.dtype).eps) if probs.is_floating_point() else 1e-3
     probs = probs.detach().double()
-    if not torch.allclose(
-        probs.sum(1), torch.ones(len(probs), dtype=probs.dtype, device=probs.device), atol=tolerance
-    ):
+    one = torch.ones(len(probs), dtype=probs.dtype, device=probs.device)
+    if (probs < 0).any() or not torch.allclose(probs.sum(1), one, atol=tolerance):
         raise ValueError("rows must be probabilities that sum to 1; take softmax of logits")
     return probs, labels.long()

@@ -6,9 +6,10 @@
 DATA holds cifar10-jpeg/ and fashion-mnist/. The denoiser is recipes/diffusion_features.py's small U-Net at 32 px;
 SparK, RotNet and supervised training have a resnet10t at 64 px and as many updates as take about as long. Everybody is
 probed by the same rule: ridge regression on standardised features, what there is to choose (timestep, block, pooling,
-penalty; for other networks the penalty alone) chosen on a fifth of the labels, told on held-out images. "untrained" is
-the U-Net with fresh weights, none of them zero by design, and has the same choice. "supervised" has seen all labels of
-the training images: an upper bound. A finished trial is one line of RUNS/diffusion_features.jsonl.
+penalty; for the resnet10t stage, pooling, penalty; of pixels the penalty) chosen on a fifth of the labels, told on
+held-out images. "untrained" is the U-Net with fresh weights, none of them zero by design, and has the same choice.
+"supervised" has seen all labels of the training images: an upper bound. A finished trial is one line of
+RUNS/diffusion_features.jsonl.
 """
 
 import shlex
@@ -25,9 +26,11 @@ from ledger import RESULTS, Ledger, Run, data_sets, execute
 from study import study
 from torch import Tensor
 
-from leaven.backbones import create, load, load_around_classifier
-from leaven.pretext import extract_features, kshot_indices
+from leaven.backbones import create, load, load_around_classifier, stages
+from leaven.backbones import features as stage_maps
+from leaven.pretext import kshot_indices
 from leaven.pretext.diffusion import Cell, DiffusionFeatures, Schedule, fresh_like
+from leaven.pretext.diffusion.blocks import pooled
 from leaven.recipes.common.batches import Images, find_data
 from leaven.recipes.common.flags import ImageSettings
 from leaven.recipes.diffusion_features import told
@@ -87,14 +90,19 @@ def features(kind: str, weights: str, x: Tensor, moments: Tensor, seed: int) -> 
         )
         pairs = zip(x.split(500), torch.arange(len(x)).split(500), strict=True)
         parts = [extract(2 * part - 1, indices) for part, indices in pairs]
-        return {cell: torch.cat([part[cell] for part in parts]) for cell in extract.cells}
+        return {cell: torch.cat([part.pop(cell) for part in parts]) for cell in extract.cells}
     mean, std = moments.view(2, 1, 3, 1, 1)
     net = create("resnet10t")
     load_around_classifier(net, weights)
-    parts = [
-        F.interpolate((part - mean) / std, (NET_SIDE, NET_SIDE), mode="bicubic") for part in x.split(500)
-    ]
-    return {Cell("clean", "pooled", 1): extract_features(net, parts)[..., None, None]}
+    found: dict[Cell, list[Tensor]] = {}
+    with torch.no_grad():
+        known = stages(net.eval(), image_size=(NET_SIDE, NET_SIDE))
+        for part in x.split(500):
+            images = F.interpolate((part - mean) / std, (NET_SIDE, NET_SIDE), mode="bicubic")
+            for stage, maps in zip(known, stage_maps(net, images, known), strict=True):
+                for pool in POOLS:
+                    found.setdefault(Cell("clean", stage.name, pool), []).append(pooled(maps, pool))
+    return {cell: torch.cat(maps) for cell, maps in found.items()}
 
 
 def trial(caches: dict[str, str], work: str, data: str, kind: str, seed: int) -> dict[str, Any]:

@@ -8,9 +8,10 @@ DATA holds cifar10-jpeg/, fashion-mnist/ and imagenette224-mini/. A backbone is 
 labels. Its features are taken once; heads learn from 200, 1,000 or all labels of them. What tells other images from
 known ones is the entropy of the class probabilities; the other images are the held-out ones of the other set.
 
-"linear": logistic regression, its penalty chosen on a fifth. "SVGP": a deep kernel machine of one layer. "DKM": of
-three, nu chosen on a fifth; "NNGP": the same with nu = infinity. "ensemble": five networks of one hidden layer of 256,
-their probabilities averaged. A finished trial is one line of RUNS/dkm_head.jsonl, a backbone one of
+"linear": logistic regression on standardised features. "SVGP": a deep kernel machine of one layer. "DKM": of three;
+"NNGP": the same with nu = infinity. "ensemble": five networks of one hidden layer of 256, their probabilities averaged.
+The linear head's penalty, the DKM's nu and the ensemble's weight decay are chosen alike: the likeliest on a fifth of
+the labels, then all of them. A finished trial is one line of RUNS/dkm_head.jsonl, a backbone one of
 results/dkm_head_runs.jsonl.
 """
 
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from leaven.bayes import DeepKernelMachine, auroc, calibration
 from leaven.bayes.deep_kernel_machine import fit, normalised
-from leaven.pretext import kshot_indices, linear_probs
+from leaven.pretext import kshot_indices
 from leaven.recipes.common.batches import Images, build_backbone, find_data
 from leaven.recipes.common.flags import ImageSettings
 from leaven.recipes.common.probes import labelled_features, recalibrate
@@ -44,9 +45,17 @@ BACKBONES = ("supervised", "SparK")
 LABELS = {"200": 20, "1,000": 100, "all": None}  # images of each class
 SEEDS = (0, 1, 2)
 NU = (1.0, 10.0, 100.0, math.inf)
+# What a head may choose from; None: nothing.
+CHOICES: dict[str, tuple[float | None, ...]] = {
+    "linear": (1.0, 1e-1, 1e-2, 1e-3, 1e-4),
+    "SVGP": (None,),
+    "NNGP": (None,),
+    "DKM": NU,
+    "ensemble": (0.05, 0.5, 5.0, 50.0),
+}
 INDUCING, STEPS, LR = 200, 1500, 0.02
 COMMON = shlex.split(
-    "--seed 0 --workers 0 --batch-size 64 --mixed-precision bf16 --channels-last --weight-decay 0.05 --warmup-epochs 1"
+    "--seed 0 --workers 0 --batch-size 64 --mixed-precision bf16 --channels-last --weight-decay 0.05"
 )
 
 
@@ -58,9 +67,9 @@ def backbone(data: str, kind: str) -> Run:
             "cifar": ["--data", "photos", "--epochs", "30"],
             "fashion": ["--data", "cifar", "--epochs", "8"],
         }[data]
-        words = ["recipes/train.py", *other, "--lr", "4e-3", "--crop-scale", "0.35,1"]
+        words = ["recipes/train.py", *other, "--lr", "4e-3", "--crop-scale", "0.35,1", "--warmup-epochs", "1"]
     else:
-        epochs = {"cifar": "6", "fashion": "1"}[data]
+        epochs, warmup = {"cifar": ("6", "1"), "fashion": ("1", "0.17")}[data]  # updates: 936, 156 of them
         words = [
             "recipes/spark.py",
             "--data",
@@ -71,8 +80,10 @@ def backbone(data: str, kind: str) -> Run:
             "2e-3",
             "--weight-decay-end",
             "none",
+            "--warmup-epochs",
+            warmup,
         ]
-        words += ["--stages", "4,8,16", "--decoder-width", "128", "--crop-scale", "0.67,1", "--hflip", "0.5"]
+        words += ["--stages", "4,8,16", "--decoder-width", "128", "--crop-scale", "0.67,1"]
     return Run(f"{kind}-for-{data}", (*words, "--backbone", NET, *side, *COMMON))
 
 
@@ -112,12 +123,26 @@ def features(data: str, kind: str, places: dict[str, str], work: Path) -> Path:
     return cache
 
 
-def ensemble(x: Tensor, y: Tensor, tests: list[Tensor], classes: int, seed: int) -> list[Tensor]:
+def linear(x: Tensor, y: Tensor, tests: list[Tensor], classes: int, l2: float) -> list[Tensor]:
+    from sklearn.linear_model import LogisticRegression
+
+    mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
+    made = LogisticRegression(C=1 / (l2 * len(x)), max_iter=2000).fit(((x - mean) / std).numpy(), y.numpy())
+    probs = [torch.zeros(len(test), classes, dtype=torch.float64) for test in tests]
+    for found, test in zip(probs, tests, strict=True):
+        said = made.predict_proba(((test - mean) / std).numpy())
+        found[:, torch.from_numpy(made.classes_)] = torch.from_numpy(said).double()
+    return probs
+
+
+def ensemble(
+    x: Tensor, y: Tensor, tests: list[Tensor], classes: int, seed: int, weight_decay: float
+) -> list[Tensor]:
     probs = [torch.zeros(len(test), classes) for test in tests]
     for member in range(5):
         torch.manual_seed(1000 * seed + member)
         net = nn.Sequential(nn.Linear(x.shape[1], 256), nn.ReLU(), nn.Linear(256, classes))
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=weight_decay)
         for _ in range(STEPS):
             rows = torch.randint(len(x), (min(256, len(x)),))
             optimizer.zero_grad()
@@ -140,6 +165,36 @@ def kernel_machine(
         return [torch.cat([made(part).probs() for part in test.split(2000)]) for test in tests]
 
 
+def predicted(
+    head: str, value: float | None, x: Tensor, y: Tensor, tests: list[Tensor], classes: int, seed: int
+) -> list[Tensor]:
+    """Class probabilities of a head that learns from x and y."""
+    if head == "linear":
+        assert value is not None
+        return linear(x, y, tests, classes, value)
+    if head == "ensemble":
+        assert value is not None
+        return ensemble(x, y, tests, classes, seed, value)
+    depth, nu = {"SVGP": (1, 1.0), "NNGP": (3, math.inf)}.get(head, (3, value))
+    assert nu is not None
+    return kernel_machine(x, y, tests, classes, seed, depth, nu)
+
+
+def chosen(head: str, x: Tensor, y: Tensor, classes: int, seed: int) -> float | None:
+    """The value of `CHOICES` that is likeliest on a fifth of the labels."""
+    values = CHOICES[head]
+    if len(values) == 1:
+        return values[0]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    judged, kept = order[: len(x) // 5], order[len(x) // 5 :]
+
+    def score(value: float | None) -> float:
+        (tried,) = predicted(head, value, x[kept], y[kept], [x[judged]], classes, seed)
+        return calibration(tried, y[judged]).nll
+
+    return min(values, key=score)
+
+
 def trial(caches: dict[str, str], data: str, kind: str, labels: str, seed: int, head: str) -> dict[str, Any]:
     """Scores of one head."""
     torch.set_num_threads(1)
@@ -150,25 +205,9 @@ def trial(caches: dict[str, str], data: str, kind: str, labels: str, seed: int, 
     if shots is not None:
         rows = kshot_indices(y, shots, seed)
         x, y = x[rows], y[rows]
-    tests = [x_val, x_ood]
-    result: dict[str, Any] = {}
-    if head == "linear":
-        probs = [linear_probs(x, y, test, torch.full((len(test),), classes - 1), seed) for test in tests]
-    elif head == "ensemble":
-        probs = ensemble(x, y, tests, classes, seed)
-    elif head == "SVGP":
-        probs = kernel_machine(x, y, tests, classes, seed, 1, 1.0)
-    elif head == "NNGP":
-        probs = kernel_machine(x, y, tests, classes, seed, 3, math.inf)
-    else:
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        judged, kept = order[: len(x) // 5], order[len(x) // 5 :]
-        scores = {}
-        for nu in NU:
-            (tried,) = kernel_machine(x[kept], y[kept], [x[judged]], classes, seed, 3, nu)
-            scores[nu] = calibration(tried, y[judged]).nll
-        result["nu"] = str(min(NU, key=lambda nu: scores[nu]))
-        probs = kernel_machine(x, y, tests, classes, seed, 3, float(result["nu"]))
+    value = chosen(head, x, y, classes, seed)
+    result = {"chosen": str(value)}
+    probs = predicted(head, value, x, y, [x_val, x_ood], classes, seed)
     known = calibration(probs[0], y_val)
     entropies = [torch.special.entr(each.double()).sum(1) for each in probs]
     scores_of = {
@@ -221,7 +260,8 @@ def prepare(data: Path, work: Path, jobs: int) -> tuple[Any, dict[str, dict[str,
 
 
 def main() -> None:
-    settings = {"inducing": INDUCING, "steps": STEPS, "lr": LR, "nu": [str(nu) for nu in NU]}
+    choices = {head: [str(value) for value in values] for head, values in CHOICES.items()}
+    settings = {"inducing": INDUCING, "steps": STEPS, "lr": LR, "choices": choices}
     study(__file__, __doc__, prepare, summary, settings)
 
 

@@ -5,9 +5,10 @@
 
 Ten splits of the small sets, three of the large ones. "DKM" takes the nu of a fixed grid that is likeliest on a fifth
 of the training rows, then trains on all of them; "NNGP" is the same machine at nu = infinity. "SVGP" and "DSPP" are
-gpytorch's, with as many inducing points and, SVGP, updates; DSPP has half of them, and its beta is chosen as nu is.
-"exact GP" is gpytorch's, where there are at most 2,000 rows. All kernels have a learnt scale per input. A finished
-trial is one line of RUNS/dkm_uci.jsonl and is not done again.
+gpytorch's, with as many inducing points and updates; DSPP's beta is chosen as nu is, of as many values.
+"exact GP" is gpytorch's, where there are at most 2,000 rows. All kernels have a learnt scale per input; all compute in
+float64, and noise may fall as low as it likes. A finished trial is one line of RUNS/dkm_uci.jsonl and is not done
+again.
 """
 
 import math
@@ -39,7 +40,7 @@ SPLITS = {
 MODELS = ("DKM", "NNGP", "exact GP", "SVGP", "DSPP")
 NU = (0.01, 1.0, 100.0, math.inf)
 INDUCING, STEPS, BATCH, LR = 100, 2000, 256, 0.02
-BETA = (0.05, 1.0)
+BETA = (0.01, 0.05, 0.2, 1.0)
 EXACT_ROWS = 2000
 
 # Means and variances of the observations, standardised, and log weights: (sites, rows), (sites, rows), (sites, 1).
@@ -82,6 +83,11 @@ def kernel(width: int, batch: tuple[int, ...] = ()) -> Any:
     return gpytorch.kernels.ScaleKernel(rbf, batch_shape=batch)
 
 
+def gaussian() -> Any:
+    """gpytorch's likelihood without its floor of 1e-4 under the noise, which a deep kernel machine has not."""
+    return gpytorch.likelihoods.GaussianLikelihood(noise_constraint=gpytorch.constraints.GreaterThan(1e-8))
+
+
 class Exact(gpytorch.models.ExactGP):
     def __init__(self, x: Tensor, y: Tensor, likelihood: Any) -> None:
         super().__init__(x, y, likelihood)
@@ -92,7 +98,7 @@ class Exact(gpytorch.models.ExactGP):
 
 
 def exact(x: Tensor, y: Tensor, test: Tensor, seed: int) -> Mixture:
-    likelihood = gpytorch.likelihoods.GaussianLikelihood()
+    likelihood = gaussian()
     model = Exact(x.double(), y[:, 0].double(), likelihood).double().train()
     marginal = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
@@ -149,21 +155,22 @@ def variational(x: Tensor, y: Tensor, test: Tensor, beta: float | None, seed: in
     start = DeepKernelMachine(x.shape[1], 1, 1, min(INDUCING, len(x)))
     start.init_inducing(x, seed=seed)
     points = start.inducing.detach().clone()
-    likelihood = gpytorch.likelihoods.GaussianLikelihood()
-    steps = STEPS if beta is None else STEPS // 2
+    likelihood = gaussian()
     if beta is None:
         model: Any = Sparse(points)
         bound: Any = gpytorch.mlls.VariationalELBO(likelihood, model, len(x))
     else:
         model = DSPP(points, likelihood)
         bound = gpytorch.mlls.DeepPredictiveLogLikelihood(likelihood, model, len(x), beta=beta)
-    model.train()
+    model.double().train()
+    likelihood.double()
+    x, y, test = x.double(), y.double(), test.double()
     parameters = {id(p): p for p in [*model.parameters(), *likelihood.parameters()]}
     optimizer = torch.optim.Adam(parameters.values(), lr=LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    for _ in range(steps):
+    for _ in range(STEPS):
         if len(order) < min(BATCH, len(x)):
             order += torch.randperm(len(x), generator=generator).tolist()
         batch, order = order[:BATCH], order[BATCH:]
@@ -242,7 +249,8 @@ def prepare(data: Path, work: Path, jobs: int) -> tuple[Any, dict[str, dict[str,
 
 
 def main() -> None:
-    settings = {"inducing": INDUCING, "steps": STEPS, "batch": BATCH, "lr": LR, "nu": [str(nu) for nu in NU]}
+    settings: dict[str, Any] = {"inducing": INDUCING, "steps": STEPS, "batch": BATCH, "lr": LR}
+    settings |= {"nu": [str(nu) for nu in NU], "beta": BETA}
     study(__file__, __doc__, prepare, summary, settings)
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 import zipfile
 from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import diffusion_features
+import dkm_head
 import evonorm_layers
 import scalekd
 import scalekd_arms
-from ledger import Ledger, data_sets
+from ledger import Ledger, Run, data_sets
 
+from leaven.recipes.common.start import read_settings
 from leaven.recipes.scalekd import ScaleKDSettings
 
 
@@ -83,3 +87,20 @@ def test_memory_is_that_of_a_layer_within_a_network(monkeypatch: pytest.MonkeyPa
     x = torch.randn(2, 32, 8, 8, requires_grad=True) * 1.0
     for name, layer in evonorm_layers.layers(32).items():
         assert rows[name]["kept_mib"] == evonorm_layers.kept(layer, x)
+
+
+RUNS = [dkm_head.backbone(data, kind) for data in dkm_head.SIDE for kind in dkm_head.BACKBONES]
+RUNS += [
+    diffusion_features.training(data, kind, 0)
+    for data in diffusion_features.SETS
+    for kind in diffusion_features.HOW
+]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_recipes_take_the_flags_and_warm_up_for_a_part_of_the_run(run: Run) -> None:
+    recipe = Path(run.words[0]).stem
+    module = import_module(f"leaven.recipes.{recipe}")
+    kinds = [v for k, v in vars(module).items() if k.endswith("Settings") and v.__module__ == module.__name__]
+    settings: Any = read_settings(kinds[0], list(run.words[1:]), recipe=recipe)
+    assert settings.warmup_epochs <= settings.epochs / 4

@@ -184,6 +184,7 @@ class ConvolutionalDKM(DeepKernelMachine):
         self._check(x)
         generator = torch.Generator().manual_seed(seed)
         super().init_inducing(_drawn_patches(x.detach().cpu(), self.side, generator), how, seed)
+        self.initialised.fill_(False)  # until all layers are
         some = x[torch.randperm(len(x), generator=generator)[:IMAGES]].to(self.inducing.device)
         for layer, (mixing, stride) in enumerate(zip(self.mixing, self.strides, strict=True)):
             kernel = self._kernel(self._layers(some)[layer], layer)
@@ -198,6 +199,7 @@ class ConvolutionalDKM(DeepKernelMachine):
         pooled = self._readout(self._layers(some)[-1])
         seen = torch.linalg.solve_triangular(_cholesky(pooled.ii), pooled.ti.mT, upper=False)
         self.log_variance[-1] -= seen.var(1, correction=0).sum().clamp_min(1e-6).log()
+        self.initialised.fill_(True)
 
     def _check(self, x: Tensor) -> None:
         channels = self.inducing.shape[1] // self.side**2

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from leaven.backbones.probe import seeded
 from leaven.bayes.deep_kernel_machine.machine import DeepKernelMachine
 from leaven.pretext.evaluation import Values
 
@@ -57,8 +58,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     machine.train()
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(seed)
+    with seeded(seed, x.device):
         for step in range(1, steps + 1):
             if len(order) < batch_size:
                 order += torch.randperm(n, generator=generator).tolist()

@@ -89,6 +89,8 @@ class DeepKernelMachine(nn.Module):
             raise ValueError(f"no likelihood {likelihood!r} or divergence {kl!r}")
         if skr is not None and not skr >= 1:
             raise ValueError(f"skr must be at least 1, got {skr}")
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, got {draws}")
         self.kernel, self.likelihood, self.kl_form = KERNELS[kernel], likelihood, kl
         self.depth, self.out_features, self.skr, self.tempering = depth, out_features, skr, tempering
         self.draws, self.jitter = draws, jitter

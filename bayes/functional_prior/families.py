@@ -2,12 +2,23 @@
 
 import math
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leaven.backbones.probe import seeded
+
 __all__ = ["FAMILIES", "Family", "Flow", "Gaussian", "Hierarchical"]
+
+
+def keyed_by(generator: torch.Generator | None) -> AbstractContextManager[None]:
+    """Global random numbers from a generator, for what draws from them alone; None leaves them."""
+    if generator is None:
+        return nullcontext()
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    return seeded(seed, generator.device)
 
 
 class Family(nn.Module):
@@ -79,10 +90,7 @@ class Hierarchical(Family):
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         # torch draws Gamma variables, with gradient, from the global generator alone.
-        devices = [self.raw_shape.device] if self.raw_shape.is_cuda else []
-        with torch.random.fork_rng(devices=devices, enabled=generator is not None):
-            if generator is not None:
-                torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+        with keyed_by(generator):
             precision = torch.distributions.Gamma(self.shape, self.rate).rsample((count, 1))
         return precision.rsqrt() * self._normal(count, generator)
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from leaven.backbones.probe import seeded
 from leaven.bayes.functional_prior.distances import Critic, energy_distance, sliced_distance, train_critic
 from leaven.bayes.functional_prior.prior import FunctionalPrior
 from leaven.bayes.functional_prior.target import GPTarget
@@ -65,8 +66,7 @@ def fit_prior(
     generator = torch.Generator(device).manual_seed(seed)
     history: list[float] = []
     critic: Critic | None = None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         for step in range(1, steps + 1):
             x = measure(generator)
             draw = partial(_functions, prior, target, x, functions, generator, chunk_size)
@@ -80,7 +80,7 @@ def fit_prior(
             if not torch.isfinite(found):
                 raise FloatingPointError(f"the distance is {float(found)} at update {step}: lower lr")
             optimizer.zero_grad()
-            found.backward()
+            found.backward(inputs=list(prior.parameters()))  # and none of the module's own
             optimizer.step()
             history.append(float(found.detach()))
             if report is not None:

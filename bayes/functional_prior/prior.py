@@ -51,7 +51,7 @@ class FunctionalPrior(nn.Module):
             raise ValueError(
                 f"{type(module).__name__} has no linear or convolutional parameters in scope {scope!r}"
             )
-        own = dict(module.named_parameters())
+        own = dict(module.named_parameters(remove_duplicate=False))
         self.groups = {group: {name: own[name].shape for name in members} for group, members in names.items()}
         sizes = {group: sum(map(math.prod, members.values())) for group, members in self.groups.items()}
         self.families = nn.ModuleDict({_key(group): FAMILIES[family](n) for group, n in sizes.items()})
@@ -202,11 +202,13 @@ def _default_groups(module: nn.Module, scope: Scope) -> dict[str, list[str]]:
         layers = {name: layer for name, layer in layers.items() if name in kept}
     elif scope != "all":
         raise ValueError(f'scope must be "head", "last_block" or "all", not {scope!r}')
-    found = {}
+    found, seen = {}, set[int]()
     for name, layer in layers.items():
-        for part, _ in layer.named_parameters(recurse=False):
+        for part, parameter in layer.named_parameters(recurse=False):
             full = f"{name}.{part}" if name else part
-            found[full] = [full]
+            if id(parameter) not in seen:  # shared by two layers
+                found[full] = [full]
+            seen.add(id(parameter))
     return found
 
 

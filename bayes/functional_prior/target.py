@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leaven.bayes.functional_prior.families import keyed_by
+
 
 class GPTarget:
     """A Gaussian process of gpytorch's parts, with its hyper-priors, to draw functions of.
@@ -81,9 +83,7 @@ class GPTarget:
     @staticmethod
     def _draw(priors: list[Any], generator: torch.Generator | None) -> None:
         """Hyper-parameters from their priors. torch's distributions draw from the global generator alone."""
-        with torch.random.fork_rng(enabled=generator is not None):
-            if generator is not None:
-                torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+        with keyed_by(generator):
             for _, module, prior, closure, setting in priors:
                 shape: Any = closure(module).shape
                 scalar = not prior.batch_shape and not prior.event_shape

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leaven.pretext.diffusion.blocks import default_call
 from leaven.pretext.diffusion.features import Cell, DiffusionFeatures
 from leaven.pretext.shards import check_space, digest, fingerprint, open_shard, save_shard
 
@@ -109,7 +110,7 @@ class FeatureCache(Mapping[Cell, Tensor]):
 
 
 def notes(features: DiffusionFeatures) -> dict[str, str]:
-    """What features depend on, besides the images."""
+    """What features depend on, besides the images; of functions, that there are some."""
     schedule = features.schedule
     return {
         "model": fingerprint(features.model),
@@ -117,4 +118,6 @@ def notes(features: DiffusionFeatures) -> dict[str, str]:
         "cells": json.dumps(features.cells),
         "draws": str(features.draws),
         "seed": str(features.seed),
+        "encoder": "none" if features.encode is None else "own function",
+        "call": "default" if features.call is default_call else "own function",
     }

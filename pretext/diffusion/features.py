@@ -150,7 +150,7 @@ class DiffusionFeatures:
 
     def _noisy(self, x: Tensor, indices: Tensor, part: list[tuple[Time, int, int]]) -> tuple[Tensor, Tensor]:
         rows = x[[row for _, _, row in part]]
-        times = torch.tensor([0 if t == "clean" else t for t, _, _ in part])
+        times = torch.tensor([0 if t == "clean" else t for t, _, _ in part], device=x.device)
         noise = torch.stack(
             [
                 torch.zeros(x.shape[1:])
@@ -162,7 +162,7 @@ class DiffusionFeatures:
         clean = torch.tensor([t == "clean" for t, _, _ in part], device=x.device).view(
             -1, *[1] * (x.ndim - 1)
         )
-        return torch.where(clean, rows, self.add_noise(rows, noise, times)), times.to(x.device)
+        return torch.where(clean, rows, self.add_noise(rows, noise, times)), times
 
     @staticmethod
     def _add(

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from leaven.backbones import load, metadata
+from leaven.backbones.probe import seeded
 from leaven.pretext.diffusion.schedule import Schedule
 from leaven.pretext.diffusion.unet import load_adm
+from leaven.pretext.features import device_of
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,7 @@ def fresh_like(model: nn.Module, seed: int = 0) -> nn.Module:
         seed: of the weights; the global random state is left as it was.
     """
     twin = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, device_of(twin)):
         for layer in twin.modules():
             reset: Any = getattr(layer, "reset_parameters", None)
             if callable(reset):

@@ -81,7 +81,11 @@ def _resized(x: Tensor, factor: float) -> Tensor:
 class _Attention(nn.Module):
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()
-        self.heads = width // head_width
+        self.heads = max(1, width // head_width)
+        if width % self.heads:
+            raise ValueError(
+                f"attention on {width} channels: head_width must divide them, or be more, got {head_width}"
+            )
         self.norm = _Norm(width)
         self.qkv = nn.Conv1d(width, 3 * width, 1)
         self.proj_out = _zero(nn.Conv1d(width, width, 1))
@@ -112,7 +116,8 @@ class UNet(nn.Module):
         dropout: in every block.
 
     Raises:
-        ValueError: images that cannot be halved so often, see `forward`.
+        ValueError: numbers below 1, or a head_width that does not suit the channels; images that cannot be halved so
+            often, see `forward`.
     """
 
     def __init__(

@@ -97,6 +97,7 @@ def test_wrong_input() -> None:
         (probs, labels[:5], "are needed, not"),
         (probs[:0], labels[:0], "are needed, not"),
         (probs.log(), labels, "rows must be probabilities"),
+        ([[1.5, -0.5], [0.2, 0.8]], [0, 1], "rows must be probabilities"),
         (probs, labels + 4, "class indices from 0 to 3"),
         (probs, labels - 1, "class indices from 0 to 3"),
         (probs, labels.double(), "class indices from 0 to 3"),

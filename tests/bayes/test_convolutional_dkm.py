@@ -278,5 +278,8 @@ def test_wrong_images() -> None:
         made(torch.zeros(4, 2, 6, 6, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="call init_inducing first"):
         machine(images, start=False)(images)
+    made = ConvolutionalDKM(2, 2, (4, 20), (6,))
     with pytest.raises(ValueError, match="lower inducing, or give more images"):
-        ConvolutionalDKM(2, 2, (4, 20), (6,)).init_inducing(images)
+        made.init_inducing(images)
+    with pytest.raises(RuntimeError, match="call init_inducing first"):  # half of it is none
+        made(images)

@@ -493,6 +493,7 @@ def test_inducing_points_are_of_the_data() -> None:
         ({"kernel": "matern"}, "kernel must be one of linear, arccos"),
         ({"likelihood": "poisson"}, "no likelihood 'poisson'"),
         ({"skr": 0.5}, "skr must be at least 1"),
+        ({"draws": 0}, "draws must be at least 1"),
     ],
 )
 def test_wrong_arguments(how: dict[str, Any], message: str) -> None:

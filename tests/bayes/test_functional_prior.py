@@ -233,6 +233,18 @@ def test_scopes() -> None:
     assert {name.split(".")[0] for name in names["last_block"]} == {"layer4", "fc"}
 
 
+def test_a_parameter_that_layers_share_is_one_group() -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    net, x = nn.Sequential(first, nn.Tanh(), second), torch.randn(4, 3)
+    prior = FunctionalPrior(net)
+    assert set(prior.groups) == {"0.weight", "0.bias", "2.bias"}
+    drawn = prior.sample(2, generator())
+    weight, bias, last = (drawn[name][1] for name in ("0.weight", "0.bias", "2.bias"))
+    expected = (x @ weight.T + bias).tanh() @ weight.T + last
+    torch.testing.assert_close(prior.evaluate(drawn, x)[1], expected)
+
+
 # targets
 
 
@@ -359,6 +371,39 @@ def test_classes_are_outputs_of_their_own() -> None:
             prior, target, image_measure(images, 8), distance, steps=3, functions=16, critic_steps=5
         )
         assert all(map(math.isfinite, history))
+
+
+def test_matching_leaves_no_gradient_in_the_module() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+    target = GPTarget(gpytorch.kernels.RBFKernel())
+    for distance in ("w1", "energy"):
+        fit_prior(
+            FunctionalPrior(net, scope="head"),
+            target,
+            table_measure(torch.rand(9, 3), 4),
+            distance,
+            steps=2,
+            functions=4,
+            critic_steps=2,
+        )
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_other_devices_random_numbers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here there are none, but torch would seed them all."""
+    from leaven.bayes.deep_kernel_machine import DeepKernelMachine, fit
+    from leaven.pretext.diffusion import fresh_like
+
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    kernel = gpytorch.kernels.RBFKernel(lengthscale_prior=gpytorch.priors.LogNormalPrior(0.0, 1.0))
+    prior = FunctionalPrior(mlp(), family="hierarchical")
+    seeded.clear()  # mlp() seeds what there is
+    x = torch.rand(9, 3)
+    fit_prior(prior, GPTarget(kernel), table_measure(x, 4), "energy", steps=1, functions=4)
+    fit(DeepKernelMachine(3, 1, n_inducing=2), x, x[:, :1], steps=1)
+    fresh_like(nn.Linear(2, 2))
+    assert not seeded
 
 
 def test_measures() -> None:

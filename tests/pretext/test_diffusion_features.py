@@ -221,6 +221,18 @@ def test_another_parameterisation() -> None:
     torch.testing.assert_close(seen[-1], 0.75 * images() + 0.25 * noise)
 
 
+def test_times_are_where_the_images_are() -> None:
+    seen: list[str] = []
+
+    def flow(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        seen.append(t.device.type)
+        return x + t.view(-1, 1, 1, 1) * noise
+
+    made = DiffusionFeatures(net().to("meta"), flow, timesteps=(250,))
+    assert all(maps.is_meta for maps in made(images()).values())
+    assert seen == ["meta"]
+
+
 def test_pooling_and_tokens() -> None:
     maps = images()
     assert torch.equal(pooled(maps, 4), F.adaptive_avg_pool2d(maps, 4))
@@ -341,6 +353,12 @@ def test_one_block_by_its_number_and_a_denoiser_is_refused() -> None:
 def test_unknown_blocks_have_an_error_of_their_own() -> None:
     with pytest.raises(UnknownBlock):
         features(blocks=["mid"])
+
+
+def test_heads_suit_the_channels() -> None:
+    assert UNet(2, width=8)(images(), torch.tensor([3])).shape == images().shape  # one narrow head
+    with pytest.raises(ValueError, match="attention on 100 channels: head_width must divide them"):
+        UNet(2, width=50)
 
 
 def test_a_network_of_half_precision() -> None:

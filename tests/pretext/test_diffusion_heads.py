@@ -234,6 +234,7 @@ def test_another_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_features(tmp_path, features, batches(x), 7)
     for other, key in (
         (extractor(1), "model"), (extractor(timesteps=(10, 91)), "cells"), (extractor(draws=2), "draws"),
+        (extractor(encode=lambda x: 2 * x), "encoder"), (extractor(call=lambda net, x, t: net(x, 0 * t)), "call"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"made with another {key}: write them again"):
             FeatureCache(tmp_path, other)
