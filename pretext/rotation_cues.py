@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leaven.backbones.probe import seeded
 from leaven.pretext.evaluation import few_label_probe
 from leaven.pretext.rotnet import rotate4, rotate_random
 
@@ -141,9 +142,9 @@ def cue_audit(
         pixels = _first(images, limit)
         if len(pixels) < 8:
             raise ValueError(f"an audit needs 8 images or more, and better 100; these are {len(pixels)}")
-        torch.manual_seed(seed)
-        order = torch.randperm(len(pixels))
-        halves = [_turned_cues(pixels[part], rotate, seed) for part in order.tensor_split(2)]
+        with seeded(seed, pixels.device):
+            order = torch.randperm(len(pixels))
+            halves = [_turned_cues(pixels[part], rotate, seed) for part in order.tensor_split(2)]
     as_given, pipeline = {}, {}
     for name in _CUES:
         (train, train_y), (test, test_y) = ((cues[name], labels) for cues, labels in halves)

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from leaven.backbones.probe import seeded
 from leaven.pretext import recalibrate_batchnorm
+from leaven.pretext.features import device_of
 from leaven.pretext.spark import SparK, sample_mask
 from leaven.pretext.spark.loss import reconstruction
 from leaven.recipes.common.batches import Images
@@ -34,8 +36,7 @@ def judge(spark: SparK, images: Images) -> SparK:
     Those of an untrained network mean nothing, and after a short training they lag behind the weights.
     """
     model, settings = copy.deepcopy(spark).eval(), images.settings
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)  # of the masks that the calibration draws
+    with seeded(settings.seed, device_of(model)):  # of the masks that the calibration draws
         recalibrate_batchnorm(model, images.calibration())
     return model
 
