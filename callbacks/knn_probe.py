@@ -27,8 +27,9 @@ class KNNProbe(Callback):
         every: updates between two measurements.
         k: neighbours that vote.
         temperature: of the votes, in units of cosine similarity.
-        recalibrate: measure a copy whose BatchNorm statistics are taken anew from the bank. Those of masked or turned
-            training images are off on whole, upright ones.
+        recalibrate: measure a copy whose BatchNorm statistics are taken anew, since those of masked or turned training
+            images are off on whole, upright ones. From images or a loader that is given, or, if True, from the bank,
+            which then should not lie class by class: a batch of one class lacks the variance between classes.
         name: of the callback, and the first word of the logged value; for a second probe beside the first.
 
     Attributes:
@@ -50,7 +51,7 @@ class KNNProbe(Callback):
         every: int,
         k: int = 20,
         temperature: float = 0.07,
-        recalibrate: bool = False,
+        recalibrate: bool | Tensor | Iterable[Any] = False,
         name: str = "knn",
     ) -> None:
         if every < 1:
@@ -88,9 +89,9 @@ class KNNProbe(Callback):
         from leaven.pretext.features import recalibrate_batchnorm
 
         backbone = self._backbone
-        if self.recalibrate:
+        if self.recalibrate is not False:
             backbone = copy.deepcopy(backbone)
-            recalibrate_batchnorm(backbone, self.train[0])
+            recalibrate_batchnorm(backbone, self.train[0] if self.recalibrate is True else self.recalibrate)
         bank, queries = _features(backbone, *self.train), _features(backbone, *self.test)
         return knn(*bank, *queries, k=self.k, temperature=self.temperature)
 

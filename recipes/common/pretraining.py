@@ -49,7 +49,9 @@ def observers(settings: PretrainSettings, images: Images, plan: Plan) -> tuple[E
     if "knn" in settings.callbacks:
         bank, queries = labelled(images, settings.probe_images)
         every = settings.eval_every * plan.updates_per_epoch
-        found.append(KNNProbe(bank, queries, every, k=min(20, len(bank[1])), recalibrate=True))
+        found.append(
+            KNNProbe(bank, queries, every, k=min(20, len(bank[1])), recalibrate=images.calibration())
+        )
     return average, found
 
 

@@ -167,9 +167,10 @@ def test_bad_settings_are_refused() -> None:
         KNNProbe(TRAIN, TEST, every=1, k=49)
 
 
-def test_statistics_taken_anew_are_those_of_a_copy() -> None:
+@pytest.mark.parametrize("source", [None, TRAIN[0][:20] * 3 + 1], ids=["bank", "others"])
+def test_statistics_taken_anew_are_those_of_a_copy(source: Tensor | None) -> None:
     model, optimizer = pair()
-    probe = KNNProbe(TRAIN, TEST, every=2, k=5, recalibrate=True)
+    probe = KNNProbe(TRAIN, TEST, every=2, k=5, recalibrate=True if source is None else source)
     attach(model, optimizer, probe, total_steps=9)
     for seed in range(2):
         train_step(model, optimizer, seed)
@@ -177,6 +178,6 @@ def test_statistics_taken_anew_are_those_of_a_copy() -> None:
     found = probe.measure()
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), statistics, strict=True))
     assert probe.history == [(2, found)]
-    assert recalibrate_batchnorm(model, TRAIN[0]) == 1
+    assert recalibrate_batchnorm(model, TRAIN[0] if source is None else source) == 1
     assert found == by_hand(model, k=5, temperature=0.07)
     assert any(not torch.equal(a, b) for a, b in zip(model.buffers(), statistics, strict=True))
