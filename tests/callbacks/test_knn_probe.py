@@ -13,6 +13,7 @@ from callback_toys import (
     snapshot,
     train_step,
 )
+from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
