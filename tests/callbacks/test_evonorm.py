@@ -401,6 +401,22 @@ def test_code_that_asks_for_an_argument_stays_right(how: str) -> None:
             model[0].block(x, 2 * x)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_code_with_a_branch_for_training_is_left_alone(training: bool) -> None:
+    """torch.fx takes the branch of the mode in which it traces, for good."""
+
+    def louder(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.norm(x))
+        return y + 100 if m.training else y
+
+    model, x = code(louder, norm=nn.BatchNorm2d(3)).train(training), torch.randn(2, 3, 8, 8)
+    own = outputs(model, x)
+    with pytest.warns(NoEffectWarning, match="0 asks whether it is training"):
+        replace_norm_act(model, same_as(F.relu))
+    assert all(map(torch.equal, outputs(model, x), own))
+    assert model[0].training is training
+
+
 def test_what_is_left_is_left_with_a_reason() -> None:
     norm, act = partial(nn.BatchNorm2d, 3), nn.ReLU
     cases: dict[str, nn.Module] = {
