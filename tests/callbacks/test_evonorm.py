@@ -417,6 +417,17 @@ def test_code_with_a_branch_for_training_is_left_alone(training: bool) -> None:
     assert model[0].training is training
 
 
+def test_every_module_of_a_block_keeps_its_mode() -> None:
+    model = code(lambda m, x: m.drop(F.relu(m.norm(x))), norm=nn.BatchNorm2d(3), drop=nn.Dropout())
+    model[0].norm.eval()
+    model[0].drop.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    report = replace_norm_act(model, partial(evo_norm, "b0"))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    report.undo()
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
 def test_what_is_left_is_left_with_a_reason() -> None:
     norm, act = partial(nn.BatchNorm2d, 3), nn.ReLU
     cases: dict[str, nn.Module] = {
