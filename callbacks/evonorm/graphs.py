@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -27,7 +28,8 @@ def graph_without(block: nn.Module, norm: nn.Module, activation: nn.Module | str
         NoGraph: its code cannot be traced, asks for the mode, or has no such call.
     """
     try:
-        graph = block.graph if isinstance(block, fx.GraphModule) else _traced(block, *watch.given[block])
+        own_graph = isinstance(block, fx.GraphModule)
+        graph = copy.deepcopy(block.graph) if own_graph else _traced(block, *watch.given[block])
     except (
         fx.proxy.TraceError,
         AttributeError,

@@ -428,6 +428,18 @@ def test_every_module_of_a_block_keeps_its_mode() -> None:
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
+def test_a_block_that_is_a_graph_already_is_itself_again_after_undoing() -> None:
+    """Copies of a GraphModule are made from its graph, not from its code."""
+    block = code(lambda m, x: F.relu(m.norm(x)), norm=nn.BatchNorm2d(3))[0]
+    model, x = nn.Sequential(torch.fx.symbolic_trace(block)), torch.randn(2, 3, 8, 8)
+    own = outputs(model, x)
+    report = replace_norm_act(model, same_as(F.relu))
+    assert len(report.replaced) == 1
+    assert all(map(torch.equal, outputs(model, x), own))
+    report.undo()
+    assert all(map(torch.equal, outputs(model, x), own))
+
+
 def test_what_is_left_is_left_with_a_reason() -> None:
     norm, act = partial(nn.BatchNorm2d, 3), nn.ReLU
     cases: dict[str, nn.Module] = {
