@@ -454,6 +454,9 @@ def test_what_is_left_is_left_with_a_reason() -> None:
         "asks whether it is training": code(
             lambda m, x: F.dropout(F.relu(m.norm(x)), 0.5, training=m.training), norm=norm()
         ),
+        "0 has what its code did not use (aux.bias)": code(
+            lambda m, x: F.relu(m.norm(x)), norm=norm(), aux=nn.Linear(3, 3)
+        ),
         "in the code of the model itself": code(lambda m, x: F.relu(m.norm(x)), norm=norm())[0],
     }
     hooked = code(lambda m, x: F.relu(m.norm(x)), norm=norm())
