@@ -190,6 +190,20 @@ def test_padding_by_name(padding: str) -> None:
     torch.testing.assert_close(patch_second_moment(x, conv)[0], brute_force(x, conv)[0])
 
 
+def test_a_layer_that_was_changed_after_it_was_made_counts_as_it_is() -> None:
+    """A 7x7 stem with stride 2 made one for small images, attribute by attribute."""
+    stem, x = nn.Conv2d(3, 4, 7, 2, 3, bias=False).double(), images(3)[0]
+    stem.weight = nn.Parameter(stem.weight[:, :, 2:5, 2:5].detach().clone())
+    small = nn.Conv2d(3, 4, 3, 1, 1, bias=False).double()
+    small.weight = stem.weight
+    for one in (1, (1, 1)):
+        stem.stride = stem.padding = stem.dilation = one  # type: ignore[assignment]
+        assert torch.equal(stem(x), small(x))
+        (found, count), (expected, expected_count) = (patch_second_moment(x, each) for each in (stem, small))
+        assert count == expected_count
+        torch.testing.assert_close(found, expected)
+
+
 def test_convolutions_of_other_dimensions_are_those_of_two() -> None:
     x = torch.randn(3, 4, 11).double()
     line, plane = nn.Conv1d(4, 5, 3, 2, 1).double(), nn.Conv2d(4, 5, (1, 3), (1, 2), (0, 1)).double()
