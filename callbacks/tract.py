@@ -227,9 +227,10 @@ class _FirstLayer:
         self.pending: list[tuple[Any, Tensor]] = []
 
     def before_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (layer.training and torch.is_grad_enabled() and _weight(layer).requires_grad):
+        # DataParallel calls replicas, whose weights are no parameters: go by the layer itself.
+        if not (layer.training and torch.is_grad_enabled() and _weight(self.layer).requires_grad):
             return
-        total, count = patch_second_moment(args[0] if args else kwargs["input"], layer)
+        total, count = patch_second_moment(args[0] if args else kwargs["input"], self.layer)
         # The count travels with the sum.
         packed = torch.cat([total.flatten(), total.new_tensor([count])])
         work = None
@@ -247,7 +248,7 @@ class _FirstLayer:
         for work, _ in self.pending:
             if work is not None:
                 work.wait()
-        moment = torch.stack([packed for _, packed in self.pending]).sum(0)
+        moment = torch.stack([packed.to(gradient.device) for _, packed in self.pending]).sum(0)
         self.forget()
         if not self.whole_step:
             return self.times_inverse(gradient, moment)

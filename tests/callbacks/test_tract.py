@@ -324,6 +324,22 @@ def test_two_passes_before_one_backward_share_a_moment() -> None:
     torch.testing.assert_close(model[0].weight.grad, by_hand(model, torch.cat([x, x2]), plain))
 
 
+def test_replicas_of_data_parallel_share_a_moment() -> None:
+    """What DataParallel makes for each device, called here in turn: their weights are tensors, no parameters."""
+    model, (x, y) = net(), images(6)
+    stem, rest = model[0], model[1:]
+    plain = gradients(model, x, y)[0]
+    model.zero_grad()
+    with attached(model):
+        outputs = []
+        for part in (x[:4], x[4:]):
+            replica = stem._replicate_for_data_parallel()
+            replica.weight, replica.bias = stem.weight.clone(), stem.bias.clone()
+            outputs.append(replica(part))
+        F.cross_entropy(rest(torch.cat(outputs)), y).backward()
+    torch.testing.assert_close(stem.weight.grad, by_hand(model, x, plain))
+
+
 def test_checkpointing_does_not_change_the_moment() -> None:
     from torch.utils.checkpoint import checkpoint
 
