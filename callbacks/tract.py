@@ -223,12 +223,16 @@ class _FirstLayer:
             yield weight.register_post_accumulate_grad_hook(self.remember)
 
     def forget(self) -> None:
-        """Drop what forward passes have left that no backward pass followed."""
+        """Drop what forward passes have left that no backward pass followed, and what the last one was given."""
         self.pending: list[tuple[Any, Tensor]] = []
+        self.used: Tensor | None = None  # the moment of the last backward pass: others may follow on the same graphs
 
     def before_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # DataParallel calls replicas, whose weights are no parameters: go by the layer itself.
-        if not (layer.training and torch.is_grad_enabled() and _weight(self.layer).requires_grad):
+        if not (torch.is_grad_enabled() and _weight(self.layer).requires_grad):
+            return
+        self.used = None
+        if not layer.training:
             return
         total, count = patch_second_moment(args[0] if args else kwargs["input"], self.layer)
         # The count travels with the sum.
@@ -239,23 +243,27 @@ class _FirstLayer:
         self.pending.append((work, packed))
 
     def precondition(self, gradient: Tensor) -> Tensor:
-        if not self.pending:
+        again = not self.pending
+        if self.pending:
+            for work, _ in self.pending:
+                if work is not None:
+                    work.wait()
+            moment = torch.stack([packed.to(gradient.device) for _, packed in self.pending]).sum(0)
+            self.pending, self.used = [], moment
+        elif self.used is not None:
+            moment = self.used
+        else:
             self.warn(
                 f"TrAct leaves a gradient of {self.name} as it is: the forward pass was in eval mode, or went around "
                 "the layer's hooks, as that of a model does that was compiled and called before it was attached"
             )
             return gradient
-        for work, _ in self.pending:
-            if work is not None:
-                work.wait()
-        moment = torch.stack([packed.to(gradient.device) for _, packed in self.pending]).sum(0)
-        self.forget()
         if not self.whole_step:
             return self.times_inverse(gradient, moment)
         grad = _weight(self.layer).grad
         goes_on = grad is not None and self.left == _identity(grad)
         if goes_on and self.moment is not None and self.raw is not None:
-            moment, raw = self.moment + moment, self.raw + gradient
+            moment, raw = self.moment if again else self.moment + moment, self.raw + gradient
         else:
             raw = gradient
         now = self.times_inverse(raw, moment)

@@ -324,6 +324,28 @@ def test_two_passes_before_one_backward_share_a_moment() -> None:
     torch.testing.assert_close(model[0].weight.grad, by_hand(model, torch.cat([x, x2]), plain))
 
 
+@pytest.mark.parametrize("when", ["backward", "step"])
+def test_every_backward_pass_of_an_update_has_a_moment(when: str) -> None:
+    """Two losses on one forward pass, two passes before two backward passes, gradients that are only looked at."""
+    model, (x, y), (x2, y2) = net(), images(6), images(4, seed=1)
+    plain = gradients(model, x, y)[0]
+    both = 0.6 * plain + 0.4 * gradients(model, x2, y2)[0]
+    with attached(model, when=when), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.zero_grad()
+        loss = loss_of(model, x, y)
+        (looked,) = torch.autograd.grad(loss, [model[0].weight], retain_graph=True)
+        torch.testing.assert_close(looked, by_hand(model, x, plain))
+        (0.25 * loss).backward(retain_graph=True)
+        (0.75 * loss).backward()
+        torch.testing.assert_close(model[0].weight.grad, by_hand(model, x, plain))
+        model.zero_grad()
+        first, second = 0.6 * loss_of(model, x, y), 0.4 * loss_of(model, x2, y2)
+        first.backward()
+        second.backward()
+        torch.testing.assert_close(model[0].weight.grad, by_hand(model, torch.cat([x, x2]), both))
+
+
 def test_replicas_of_data_parallel_share_a_moment() -> None:
     """What DataParallel makes for each device, called here in turn: their weights are tensors, no parameters."""
     model, (x, y) = net(), images(6)
@@ -458,6 +480,10 @@ def test_a_gradient_without_a_moment_is_left_alone_and_named() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             gradients(model, x, y)  # said once
+            model.train()
+            gradients(model, x, y)
+            model.eval()  # has nothing of the pass before
+            assert all(map(torch.equal, gradients(model, x, y), plain))
 
 
 def test_forward_passes_that_nothing_follows_are_forgotten_with_the_update() -> None:
