@@ -211,6 +211,8 @@ class _FirstLayer:
         self.moment: Tensor | None = None
         self.raw: Tensor | None = None
         self.given: Tensor | None = None
+        self.counted = False  # whether the sum has the moment of the last backward pass
+        self.coming: tuple[Tensor, Tensor, Tensor] | None = None  # the same with a gradient that is on its way to .grad
         self.left: tuple[int, int] | None = None  # .grad as the last backward pass left it
 
     def hooks(self) -> Iterator[Handle]:
@@ -243,13 +245,12 @@ class _FirstLayer:
         self.pending.append((work, packed))
 
     def precondition(self, gradient: Tensor) -> Tensor:
-        again = not self.pending
         if self.pending:
             for work, _ in self.pending:
                 if work is not None:
                     work.wait()
             moment = torch.stack([packed.to(gradient.device) for _, packed in self.pending]).sum(0)
-            self.pending, self.used = [], moment
+            self.pending, self.used, self.counted = [], moment, False
         elif self.used is not None:
             moment = self.used
         else:
@@ -263,12 +264,12 @@ class _FirstLayer:
         grad = _weight(self.layer).grad
         goes_on = grad is not None and self.left == _identity(grad)
         if goes_on and self.moment is not None and self.raw is not None:
-            moment, raw = self.moment if again else self.moment + moment, self.raw + gradient
+            moment, raw = self.moment if self.counted else self.moment + moment, self.raw + gradient
         else:
             raw = gradient
         now = self.times_inverse(raw, moment)
         change = now - self.given if goes_on and self.given is not None else now
-        self.moment, self.raw, self.given = moment, raw, now
+        self.coming = moment, raw, now
         return change
 
     def times_inverse(self, gradient: Tensor, packed: Tensor) -> Tensor:
@@ -281,6 +282,9 @@ class _FirstLayer:
     def remember(self, weight: Tensor) -> None:
         """Whoever touches .grad from here on (zeroes, unscales, clips it) ends the update's accumulation."""
         assert weight.grad is not None
+        if self.coming is not None:  # not of torch.autograd.grad, which leaves .grad alone
+            self.moment, self.raw, self.given = self.coming
+            self.coming, self.counted = None, True
         self.left = _identity(weight.grad)
 
     def report(self) -> None:

@@ -392,6 +392,18 @@ def test_micro_batches_of_a_step_are_one_batch(zero: str) -> None:
             model.zero_grad(set_to_none=zero == "to none")
 
 
+def test_gradients_that_are_looked_at_between_micro_batches_do_not_count() -> None:
+    model, (x, y) = net(), images(12)
+    plain = gradients(model, x, y)[0]
+    model.zero_grad()
+    with attached(model, when="step"):
+        for k in range(3):
+            loss = loss_of(model, x[4 * k : 4 * k + 4], y[4 * k : 4 * k + 4]) / 3
+            torch.autograd.grad(loss, [model[0].weight], retain_graph=True)
+            loss.backward()
+        torch.testing.assert_close(model[0].weight.grad, by_hand(model, x, plain))
+
+
 def test_every_backward_has_its_own_moment_by_default() -> None:
     model, (x, y) = net(), images(8)
     parts = [slice(0, 4), slice(4, 8)]
