@@ -68,7 +68,7 @@ class TrAct(Callback):
     def setup(
         self, model: nn.Module, optimizers: tuple[Optimizer, ...], progress: Progress
     ) -> Iterable[Handle]:
-        names = _found(model) if isinstance(self.layers, str) else list(self.layers)
+        names = _found(model) if isinstance(self.layers, str) else list(dict.fromkeys(self.layers))
         modules = dict(model.named_modules())
         for name in names:
             _check(model, name, modules.get(name))
@@ -120,8 +120,8 @@ def tract(layer: nn.Module, lam: float = 0.1, sync: bool = True) -> nn.Module:
         raise TypeError(f"no TrAct layer: {reason}")
     if not _weight(layer).requires_grad:
         raise ValueError("the layer's weight is frozen: there is nothing to train")
-    if any(_tract_hooks(layer)):
-        raise ValueError("this is a TrAct layer already: remove_tract first")
+    if _has_tract(layer):
+        raise ValueError("this is a TrAct layer already: remove_tract, or the TrAct that is attached, first")
     for handle in _FirstLayer(layer, type(layer).__name__, lambda: lam, False, sync).hooks():
         watch(handle, layer, Switch(), tract.__name__)
     return layer
@@ -140,6 +140,12 @@ def remove_tract(layer: nn.Module) -> nn.Module:
         del of_kind[key]
         layer._forward_pre_hooks_with_kwargs.pop(key, None)  # keys are unique over all hooks
     return layer
+
+
+def _has_tract(layer: nn.Module) -> bool:
+    """By `tract` or attached, to this model or to another that it is part of: twice would be another method."""
+    hooks = (_weight(layer)._backward_hooks or {}).values()
+    return any(isinstance(getattr(getattr(h, "function", None), "__self__", None), _FirstLayer) for h in hooks)
 
 
 def _tract_hooks(layer: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
@@ -185,6 +191,8 @@ def _check(model: nn.Module, name: str, layer: nn.Module | None) -> None:
         raise AttachError(
             f"TrAct has nothing to train: the weight of {of} is frozen; unfreeze it, then attach"
         )
+    if _has_tract(layer):
+        raise AttachError(f"TrAct trains {of} already: remove_tract, or the TrAct that is attached, first")
     owners = [each for each, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(owners) > 1:
         raise AttachError(f"TrAct cannot train {of}: its weight is shared ({', '.join(owners)})")

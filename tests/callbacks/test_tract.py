@@ -639,6 +639,25 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_left() -> None:
         assert not any(p._backward_hooks for p in network.parameters())
 
 
+def test_a_layer_is_trained_once_whoever_asks_for_it() -> None:
+    """Attached to a model and to its part, by `tract` too, or named twice: the inverse is taken once."""
+    model, (x, y) = net(), images(6)
+    plain = gradients(model, x, y)[0]
+    whole = nn.ModuleDict({"backbone": model})
+    with attached(model, layers=["0", "0"]):
+        torch.testing.assert_close(gradients(model, x, y)[0], by_hand(model, x, plain))
+        with pytest.raises(AttachError, match=r"TrAct trains Sequential\.0 already: remove"):
+            attach(whole, SGD(model.parameters(), lr=0.0), TrAct(layers=["0"]), total_steps=9)
+        with pytest.raises(ValueError, match="a TrAct layer already"):
+            tract(model[0])
+    tract(model[0])
+    with pytest.raises(AttachError, match=r"TrAct trains Sequential\.0 already"):
+        attached(model)
+    remove_tract(model[0])
+    with attached(model):
+        torch.testing.assert_close(gradients(model, x, y)[0], by_hand(model, x, plain))
+
+
 def test_a_network_that_takes_keywords_alone_is_named_and_works_by_the_layers_name() -> None:
     class Keywords(nn.Module):
         def __init__(self) -> None:
