@@ -62,7 +62,7 @@ def tract_gradient(gradient: Tensor, moment: Tensor, lam: float) -> Tensor:
     comes closest to a gradient step dz = -eta b dL/dz on the pre-activations, over a batch x of b inputs.
 
     Solved by Cholesky, in float64 up to n = 256 and in float32 beyond. A gradient that is not finite gives one that
-    is not. Where the moment is not finite, the gradient comes back as it is.
+    is not. Where the moment is not finite, or too large against lam to be solved with, the gradient comes back as it is.
 
     Source: Petersen, Borgelt, Ermon 2024 (arXiv 2410.23970), section 3.
 
@@ -101,6 +101,8 @@ def _of_convolution(x: Tensor, layer: Any) -> tuple[Tensor, int]:
     stride, dilation = _per_axis(layer.stride, len(kernel)), _per_axis(layer.dilation, len(kernel))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     places = [(size - span) // s + 1 for size, span, s in zip(x.shape[2:], reach, stride, strict=True)]
+    if min(places) < 1:  # too small an image: the layer says so
+        return x.new_zeros(groups, *2 * [x.shape[1] // groups * _product(kernel)]), 0
     batch, channels, *steps = x.stride()
     within = [d * step for d, step in zip(dilation, steps, strict=True)]
     between = [s * step for s, step in zip(stride, steps, strict=True)]

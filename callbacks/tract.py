@@ -297,7 +297,10 @@ class _FirstLayer:
 
     def report(self) -> None:
         if self.bad is not None and bool(self.bad):
-            self.warn(f"TrAct left gradients of {self.name} as they are: its inputs were not finite")
+            self.warn(
+                f"TrAct left gradients of {self.name} as they are: its inputs were not finite, or too large to solve "
+                "with: give it normalised images"
+            )
 
     def warn(self, line: str) -> None:
         if not self.warned:

@@ -537,6 +537,27 @@ def test_images_that_are_not_finite_leave_the_gradient_and_are_reported() -> Non
     callbacks.remove()
 
 
+def test_images_that_were_not_normalised_and_cannot_be_solved_with_are_told_from_those() -> None:
+    """Patches of 768 numbers in [0, 255]: in float32 the damping is lost beside the largest eigenvalue."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.Flatten(), nn.Linear(32, 3))
+    x, y = torch.rand(4, 3, 32, 32) * 255, torch.tensor([0, 1, 2, 0])
+    plain = gradients(model, x, y)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with attach(model, optimizer, TrAct(LAM, ["0"]), total_steps=100):
+        assert all(map(torch.equal, gradients(model, x, y), plain))
+        for _ in range(49):
+            optimizer.step()
+        with pytest.warns(NoEffectWarning, match="or too large to solve with: give it normalised images"):
+            optimizer.step()
+
+
+def test_an_image_that_is_too_small_is_refused_in_torchs_words() -> None:
+    model = net(kernel_size=5, padding=0)
+    with attached(model), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        model(images(2)[0][..., :4, :3])
+
+
 def test_copies_are_plain() -> None:
     model, (x, y) = net(), images(4)
     plain = gradients(model, x, y)
