@@ -159,7 +159,7 @@ def train(model: nn.Module, task: Task, budget: Budget, seed: int) -> float:
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step == budget.quality_steps < budget.steps:
+        if step == budget.quality_steps:
             reached = accuracy(model, task)
             if reached < budget.quality:
                 raise Rejected(f"quality: {reached:.3f} after {step} updates", reached)

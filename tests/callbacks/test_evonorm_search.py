@@ -481,6 +481,18 @@ def test_failures_are_rejections() -> None:
     assert len(found.history) + len(found.rejected) == 40
 
 
+def test_scores_that_are_no_numbers_are_rejections() -> None:
+    """None surpasses them, so that they would win every tournament."""
+
+    def broken(genome: str) -> Any:
+        return {"scores": [math.nan, math.inf]} if "sigmoid" in genome else score(genome)
+
+    found = search(evolution(population=5), broken, 40)
+    assert "a score is not a finite number" in found.rejected.values()
+    assert all(math.isfinite(each.mean) for each in found.history)
+    assert len(found.history) + len(found.rejected) == 40
+
+
 def richness(genome: str) -> dict[str, Any]:
     """Something that can be climbed in small steps: live nodes, and kinds of primitives among them."""
     steps = [op for _, op, _ in Genome.from_json(genome).steps()]
@@ -625,6 +637,8 @@ def test_rejections() -> None:
     data = task()
     strict = Budget(steps=4, batch_size=16, quality_steps=2, quality=0.99, stability_steps=0)
     assert "mobilenet, quality: 0." in judge(Genome.named("evonorm_s1"), data, strict)["rejected"]
+    at_the_end = Budget(steps=2, batch_size=16, quality_steps=2, quality=0.99, stability_steps=0)
+    assert "quality: 0." in judge(Genome.named("evonorm_s1"), data, at_the_end)["rejected"]
     # Reciprocals of what is near 0, many times over.
     wild = Genome.of([("square", 0), ("square", 4), ("exp", 5)])
     assert "stability" in judge(wild, data, FAST)["rejected"] or "loss" in judge(wild, data, FAST)["rejected"]
