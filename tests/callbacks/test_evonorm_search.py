@@ -646,6 +646,19 @@ def test_rejections() -> None:
         build("vgg", data, None, 0)
 
 
+def test_the_norm_that_the_last_step_of_ascent_leads_to_is_looked_at() -> None:
+    data = task()
+
+    def largest(steps: int, limit: float = 1e8) -> float:
+        model = build("mobilenet", data, partial(EvolvedNormAct2d, Genome.named("evonorm_s1")), 0)
+        return stability(model, data, Budget(stability_steps=steps, stability=limit), 0)
+
+    start, once = largest(0), largest(1)
+    assert once > start > 0
+    with pytest.raises(Rejected, match="after 1 steps of ascent"):
+        largest(1, (start + once) / 2)
+
+
 @pytest.mark.slow
 def test_known_layers_pass_and_learn() -> None:
     data = task(1200, 16)
