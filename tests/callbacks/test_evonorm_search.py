@@ -100,6 +100,16 @@ def test_json_comes_back_and_tells_what_it_is() -> None:
         Genome.named("gelu")
 
 
+def test_squares_in_latex_are_of_the_whole() -> None:
+    for first, second, expected in (
+        (("square", 0), ("square", 4), "(x^2)^2"),
+        (("div", 0, 3), ("square", 4), r"(\frac{x}{v_1})^2"),
+        (("add", 0, 3), ("square", 4), "(x + v_1)^2"),
+        (("tanh", 0), ("square", 4), r"\tanh(x)^2"),
+    ):
+        assert Genome.of([first, second]).formula(latex=True) == expected
+
+
 def test_the_key_is_that_of_the_function() -> None:
     swish = Genome.of([("sigmoid", 0), ("mul", 0, 4)])
     same = [
@@ -143,6 +153,7 @@ def test_other_keys_are_other_functions() -> None:
         '{"version": 1, "nodes": [["neg", 0]], "output": 4, "eps": 0}',
         '{"version": 1, "nodes": [["neg", 0]], "output": 4, "eps": "nan"}',
         '{"version": 1, "nodes": [["neg", 0]], "output": 4, "eps": 1e-5, "meta": 3}',
+        '{"version": 1, "nodes": [["neg", 0]], "output": 4, "eps": 1' + "0" * 400 + "}",
         json.dumps({"version": 1, "nodes": [["neg", 0]] * 300, "output": 4, "eps": 1e-5}),
     ],
 )  # fmt: skip
