@@ -62,7 +62,7 @@ def tract_gradient(gradient: Tensor, moment: Tensor, lam: float) -> Tensor:
     comes closest to a gradient step dz = -eta b dL/dz on the pre-activations, over a batch x of b inputs.
 
     Solved by Cholesky, in float64 up to n = 256 and in float32 beyond. A gradient that is not finite gives one that
-    is not. Where the moment is not finite, or too large against lam to be solved with, the gradient comes back as it is.
+    is not. Where the moment is not finite, or too large against lam to solve with, the gradient comes back as it is.
 
     Source: Petersen, Borgelt, Ermon 2024 (arXiv 2410.23970), section 3.
 

@@ -145,7 +145,9 @@ def remove_tract(layer: nn.Module) -> nn.Module:
 def _has_tract(layer: nn.Module) -> bool:
     """By `tract` or attached, to this model or to another that it is part of: twice would be another method."""
     hooks = (_weight(layer)._backward_hooks or {}).values()
-    return any(isinstance(getattr(getattr(h, "function", None), "__self__", None), _FirstLayer) for h in hooks)
+    return any(
+        isinstance(getattr(getattr(h, "function", None), "__self__", None), _FirstLayer) for h in hooks
+    )
 
 
 def _tract_hooks(layer: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
@@ -220,7 +222,9 @@ class _FirstLayer:
         self.raw: Tensor | None = None
         self.given: Tensor | None = None
         self.counted = False  # whether the sum has the moment of the last backward pass
-        self.coming: tuple[Tensor, Tensor, Tensor] | None = None  # the same with a gradient that is on its way to .grad
+        self.coming: tuple[Tensor, Tensor, Tensor] | None = (
+            None  # the same with a gradient that is on its way to .grad
+        )
         self.left: tuple[int, int] | None = None  # .grad as the last backward pass left it
 
     def hooks(self) -> Iterator[Handle]:
@@ -235,7 +239,9 @@ class _FirstLayer:
     def forget(self) -> None:
         """Drop what forward passes have left that no backward pass followed, and what the last one was given."""
         self.pending: list[tuple[Any, Tensor]] = []
-        self.used: Tensor | None = None  # the moment of the last backward pass: others may follow on the same graphs
+        self.used: Tensor | None = (
+            None  # the moment of the last backward pass: others may follow on the same graphs
+        )
 
     def before_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # DataParallel calls replicas, whose weights are no parameters: go by the layer itself.

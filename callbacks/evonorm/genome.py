@@ -203,7 +203,9 @@ def _latex(op: str, parts: list[str]) -> str:
     if op == "neg":
         return f"(-{parts[0]})"
     if op == "square":
-        plain = parts[0].endswith("^2") or parts[0].startswith(r"\frac")  # of which ^2 would not be the square
+        plain = parts[0].endswith("^2") or parts[0].startswith(
+            r"\frac"
+        )  # of which ^2 would not be the square
         return f"({parts[0]})^2" if plain else f"{parts[0]}^2"
     if op == "abs":
         return rf"\left|{_bare(parts[0])}\right|"

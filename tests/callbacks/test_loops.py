@@ -251,7 +251,7 @@ def test_lightning_without_an_end_is_refused_in_one_line() -> None:
     from leaven.callbacks.lightning import AsLightning
 
     trainer = lightning(pl, -1, AsLightning(EMA(), model="net"), enable_checkpointing=False)
-    with pytest.raises(ValueError, match="total_steps must be the number of optimizer updates.*not inf"):
+    with pytest.raises(ValueError, match=r"total_steps must be the number of optimizer updates.*not inf"):
         trainer.fit(module_of(pl, Classifier()), loader())
 
 
