@@ -172,7 +172,8 @@ class Attached:
     def step(self) -> None:
         """Report one applied update, for engines that bypass torch's optimizer hooks (DeepSpeed).
 
-        Does nothing once the optimizer's own hooks have reported a step, so a loop may always call it.
+        Does nothing once the optimizer's own hooks have reported a step, so a loop may call it after every step that
+        was not skipped.
         """
         if not self._optimizers_report:
             self._count()

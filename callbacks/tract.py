@@ -222,9 +222,8 @@ class _FirstLayer:
         self.raw: Tensor | None = None
         self.given: Tensor | None = None
         self.counted = False  # whether the sum has the moment of the last backward pass
-        self.coming: tuple[Tensor, Tensor, Tensor] | None = (
-            None  # the same with a gradient that is on its way to .grad
-        )
+        # The same with a gradient that is on its way to .grad.
+        self.coming: tuple[Tensor, Tensor, Tensor] | None = None
         self.left: tuple[int, int] | None = None  # .grad as the last backward pass left it
 
     def hooks(self) -> Iterator[Handle]:
@@ -239,9 +238,8 @@ class _FirstLayer:
     def forget(self) -> None:
         """Drop what forward passes have left that no backward pass followed, and what the last one was given."""
         self.pending: list[tuple[Any, Tensor]] = []
-        self.used: Tensor | None = (
-            None  # the moment of the last backward pass: others may follow on the same graphs
-        )
+        # The moment of the last backward pass: others may follow on the same graphs.
+        self.used: Tensor | None = None
 
     def before_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # DataParallel calls replicas, whose weights are no parameters: go by the layer itself.
