@@ -199,6 +199,8 @@ def test_known_layers_are_put_into_the_space() -> None:
         assert len(padded.nodes) == 10
         assert padded.key == genome.key
         assert space.padded(padded) is padded
+        other = Genome.of(NAMED[name], eps=1e-3)
+        assert space.padded(other).eps == space.mutate(other, Random(0)).eps == 1e-3
     with pytest.raises(ValueError, match="bwh is not in the S series"):
         SearchSpace("S").padded(Genome.named("bn_relu"))
     with pytest.raises(ValueError, match="6 live nodes, and the space 3"):
