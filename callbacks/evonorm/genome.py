@@ -203,10 +203,8 @@ def _latex(op: str, parts: list[str]) -> str:
     if op == "neg":
         return f"(-{parts[0]})"
     if op == "square":
-        plain = parts[0].endswith("^2") or parts[0].startswith(
-            r"\frac"
-        )  # of which ^2 would not be the square
-        return f"({parts[0]})^2" if plain else f"{parts[0]}^2"
+        bare = parts[0].endswith("^2") or parts[0].startswith(r"\frac")  # whose square needs brackets
+        return f"({parts[0]})^2" if bare else f"{parts[0]}^2"
     if op == "abs":
         return rf"\left|{_bare(parts[0])}\right|"
     if op in AGGREGATIONS:
