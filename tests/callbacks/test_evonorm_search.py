@@ -571,6 +571,20 @@ def test_starts_come_first() -> None:
     assert child.genome.key not in {each.key for each in start}
 
 
+@pytest.mark.parametrize("random_only", [True, False])
+def test_a_space_that_is_used_up_is_an_error_and_no_endless_search(random_only: bool) -> None:
+    found = AgeingEvolution(SearchSpace("S", 1), population=4, random_only=random_only)
+
+    def more(candidates: int) -> None:
+        for _ in range(candidates):
+            found.tell(found.ask().number, [1.0])
+
+    more(30)
+    with pytest.raises(ValueError, match=r"no new genome of 1 nodes in .* draws after \d+ candidates: ask"):
+        more(500)
+    assert len({each.candidate.genome.key for each in found.history}) == len(found.history)
+
+
 def member(number: int, *scores: float) -> Member:
     return Member(Candidate(number, Genome.named("bn_relu")), scores)
 
