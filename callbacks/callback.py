@@ -32,7 +32,11 @@ class Progress:
 
     def __init__(self, total_steps: int) -> None:
         given: object = total_steps
-        if not isinstance(given, Real) or total_steps < 1 or total_steps != int(total_steps):
+        if (
+            not isinstance(given, Real)
+            or not 1 <= total_steps < float("inf")
+            or total_steps != int(total_steps)
+        ):
             raise ValueError(
                 f"total_steps must be the number of optimizer updates, at least 1, not {total_steps!r}"
             )

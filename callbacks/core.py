@@ -40,7 +40,7 @@ from leaven.callbacks.checks import (
 )
 from leaven.callbacks.hooks import Hook, Switch, watch
 from leaven.callbacks.stepping import Unstepped, report_untrained
-from leaven.callbacks.wrappers import AttachError, unwrap_model, unwrap_optimizers
+from leaven.callbacks.wrappers import AttachError, inside_another_step, unwrap_model, unwrap_optimizers
 
 __all__ = [
     "AttachError",
@@ -172,7 +172,8 @@ class Attached:
     def step(self) -> None:
         """Report one applied update, for engines that bypass torch's optimizer hooks (DeepSpeed).
 
-        Does nothing once the optimizer's own hooks have reported a step, so a loop may always call it.
+        Does nothing once the optimizer's own hooks have reported a step, so a loop may call it after every step that
+        was not skipped.
         """
         if not self._optimizers_report:
             self._count()
@@ -231,6 +232,8 @@ class Attached:
         return f"Attached({', '.join(map(repr, self.callbacks))}; {self.progress})"
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        if inside_another_step(optimizer):
+            return
         self._optimizers_report = True
         self._unstepped.remove()
         # GradScaler calls a fused optimizer's step even when it found infinities: the kernel skips.

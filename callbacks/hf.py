@@ -51,6 +51,8 @@ class AsTrainerCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.attached is not None:  # to a training that broke off, which the Trainer does not tell
+            self.attached.remove()
         model, optimizer = self._find(kwargs["model"]), kwargs["optimizer"]
         self.attached = attach(model, optimizer, *self.others, total_steps=state.max_steps)
         if state.global_step:

@@ -17,8 +17,9 @@ class KNNProbe(Callback):
 
     The protocol is `leaven.pretext.evaluation.knn`'s. Images must already be normalised and are not
     augmented. Hooks are paused meanwhile, modules keep their modes and the random state is as before, so
-    training goes on as it would have without the probe. Every process computes the same number. A training
-    with fewer updates than `every` is not measured, and a `NoEffectWarning` says so.
+    training goes on as it would have without the probe. Every process measures its own copy of the model: BatchNorm's
+    running statistics, unless synchronised, make their numbers differ. A training with fewer updates than `every` is
+    not measured, and a `NoEffectWarning` says so.
 
     Args:
         train: images (N, C, H, W) or a loader of batches, and labels (N,) in the same order; or a loader alone, of

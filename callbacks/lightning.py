@@ -43,7 +43,8 @@ class AsLightning(pl.Callback):
             self._operated = attach(self._find(pl_module), None, *self.surgery, total_steps=_UNCOUNTED)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        total = int(trainer.estimated_stepping_batches)
+        # Infinite where the Trainer has no end: attach refuses that in one line.
+        total: Any = trainer.estimated_stepping_batches
         self.attached = attach(self._find(pl_module), trainer.optimizers, *self.others, total_steps=total)
         if self._pending is not None:
             self.attached.load_state_dict(self._pending)

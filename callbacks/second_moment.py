@@ -62,7 +62,7 @@ def tract_gradient(gradient: Tensor, moment: Tensor, lam: float) -> Tensor:
     comes closest to a gradient step dz = -eta b dL/dz on the pre-activations, over a batch x of b inputs.
 
     Solved by Cholesky, in float64 up to n = 256 and in float32 beyond. A gradient that is not finite gives one that
-    is not. Where the moment is not finite, the gradient comes back as it is.
+    is not. Where the moment is not finite, or too large against lam to solve with, the gradient comes back as it is.
 
     Source: Petersen, Borgelt, Ermon 2024 (arXiv 2410.23970), section 3.
 
@@ -96,9 +96,13 @@ def solved(gradient: Tensor, moment: Tensor, lam: float) -> tuple[Tensor, Tensor
 
 def _of_convolution(x: Tensor, layer: Any) -> tuple[Tensor, int]:
     x = _padded(x if x.ndim == layer.weight.ndim else x[None], layer)
-    kernel, stride, dilation, groups = layer.kernel_size, layer.stride, layer.dilation, layer.groups
+    # Weight, stride and padding may have been set after the layer was made; torch goes by what they are now.
+    kernel, groups = tuple(layer.weight.shape[2:]), layer.groups
+    stride, dilation = _per_axis(layer.stride, len(kernel)), _per_axis(layer.dilation, len(kernel))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     places = [(size - span) // s + 1 for size, span, s in zip(x.shape[2:], reach, stride, strict=True)]
+    if min(places) < 1:  # too small an image: the layer says so
+        return x.new_zeros(groups, *2 * [x.shape[1] // groups * _product(kernel)]), 0
     batch, channels, *steps = x.stride()
     within = [d * step for d, step in zip(dilation, steps, strict=True)]
     between = [s * step for s, step in zip(stride, steps, strict=True)]
@@ -138,11 +142,17 @@ def _padded(x: Tensor, layer: Any) -> Tensor:
 
         padded: Tensor = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
         return padded
-    around = layer._reversed_padding_repeated_twice  # of all paddings and modes, "same" too
+    mode = layer.padding_mode
+    around = layer._reversed_padding_repeated_twice  # all that the other modes go by; "same" too
+    if mode == "zeros" and not isinstance(layer.padding, str):
+        around = [n for n in reversed(_per_axis(layer.padding, layer.weight.ndim - 2)) for _ in range(2)]
     if not any(around):
         return x
-    mode = layer.padding_mode
     return F.pad(x, around, "constant" if mode == "zeros" else mode)
+
+
+def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
 def _pads_by_size(layer: nn.Module) -> bool:

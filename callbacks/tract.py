@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -131,9 +131,8 @@ def tract(layer: nn.Module, lam: float = 0.1, sync: bool = True) -> nn.Module:
         raise TypeError(f"no TrAct layer: {reason}")
     if not _weight(layer).requires_grad:
         raise ValueError("the layer's weight is frozen: there is nothing to train")
-    if owner := next((hook.owner for hook, _, _ in _hooks_of(layer)), None):
-        undo = "remove_tract first" if owner == tract.__name__ else "remove what attach returned first"
-        raise ValueError(f"this is a TrAct layer already: {undo}")
+    if _has_tract(layer):
+        raise ValueError("this is a TrAct layer already: remove_tract, or the TrAct that is attached, first")
     for handle in _FirstLayer(layer, type(layer).__name__, lambda: lam, False, sync).hooks():
         watch(handle, layer, Switch(), tract.__name__)
     return layer
@@ -145,7 +144,7 @@ def remove_tract(layer: nn.Module) -> nn.Module:
     Raises:
         ValueError: it is no TrAct layer.
     """
-    hooks = [(of_kind, key) for hook, of_kind, key in _hooks_of(layer) if hook.owner == tract.__name__]
+    hooks = list(_tract_hooks(layer))
     if not hooks:
         raise ValueError("this is no TrAct layer")
     for of_kind, key in hooks:
@@ -154,13 +153,20 @@ def remove_tract(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _hooks_of(layer: nn.Module) -> Iterator[tuple[Hook, dict[int, Any], int]]:
-    """Hooks by which the layer is trained as a TrAct layer, `tract`'s and `attach`'s, and where they are kept."""
+def _has_tract(layer: nn.Module) -> bool:
+    """By `tract` or attached, to this model or to another that it is part of: twice would be another method."""
+    hooks = (_weight(layer)._backward_hooks or {}).values()
+    return any(
+        isinstance(getattr(getattr(h, "function", None), "__self__", None), _FirstLayer) for h in hooks
+    )
+
+
+def _tract_hooks(layer: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
     of_weight: dict[int, Any] = _weight(layer)._backward_hooks or {}
     for of_kind in (layer._forward_hooks, of_weight):
         for key, hook in list(of_kind.items()):
-            if isinstance(hook, Hook) and hook.owner in (tract.__name__, TrAct.__name__):
-                yield hook, of_kind, key
+            if isinstance(hook, Hook) and hook.owner == tract.__name__:
+                yield of_kind, key
 
 
 def _found(model: nn.Module) -> list[str]:
@@ -198,8 +204,8 @@ def _check(model: nn.Module, name: str, layer: nn.Module | None) -> None:
         raise AttachError(
             f"TrAct has nothing to train: the weight of {of} is frozen; unfreeze it, then attach"
         )
-    if any(hook.owner == tract.__name__ for hook, _, _ in _hooks_of(layer)):
-        raise AttachError(f"TrAct cannot train {of}: it is under tract() already: remove_tract(layer) first")
+    if _has_tract(layer):
+        raise AttachError(f"TrAct trains {of} already: remove_tract, or the TrAct that is attached, first")
     owners = [each for each, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(owners) > 1:
         raise AttachError(f"TrAct cannot train {of}: its weight is shared ({', '.join(owners)})")
@@ -211,6 +217,28 @@ def _weight(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
+class _Moment(NamedTuple):
+    """The second moment of what the layer saw in one forward pass: the sum's numbers and the count, in a row."""
+
+    key: object
+    packed: Tensor
+    work: Any  # that sums it over processes
+
+    def arrived(self, device: torch.device) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.packed.to(device)
+
+
+class _Sums(NamedTuple):
+    """Over the micro-batches of an update."""
+
+    counted: frozenset[object]  # keys of the moments in the sum
+    packed: Tensor
+    raw: Tensor | None  # gradient as it came
+    given: Tensor | None  # what .grad was given for it
+
+
 class _FirstLayer:
     """One layer under TrAct: the second moment that its coming gradient is to be multiplied with."""
 
@@ -220,15 +248,14 @@ class _FirstLayer:
         self.layer, self.name, self.lam = layer, name, lam
         self.weight = _weight(layer)
         self.whole_step, self.sync = whole_step, sync
-        # Moments of the forward passes that a backward pass has come back to, each with the backward pass's number.
-        self.met: list[tuple[int, Any, Tensor]] = []
+        # Moments of forward passes that a backward pass has come back to, with the number of that backward pass.
+        self.met: list[tuple[int, _Moment]] = []
         self.bad: Tensor | None = None  # whether a moment could not be used
         self.warned = False
         self.silent = True  # no gradient since the last look
-        # Of the micro-batches of this update: sum and count, their gradient, what .grad was given for it.
-        self.moment: Tensor | None = None
-        self.raw: Tensor | None = None
-        self.given: Tensor | None = None
+        # Of the micro-batches of this update, and the same with the gradient that is on its way to .grad.
+        self.sums: _Sums | None = None
+        self.coming: _Sums | None = None
         self.left: tuple[int, int] | None = None  # .grad as the last backward pass left it
 
     def hooks(self) -> Iterator[Handle]:
@@ -245,27 +272,25 @@ class _FirstLayer:
         """The moment of this pass; it counts once a gradient of its output comes by."""
         if not (layer.training and output.requires_grad and self.weight.requires_grad):
             return
-        if layer.weight is not self.weight:
+        # By the layer itself: DataParallel calls replicas, whose weights are no parameters.
+        if self.layer.weight is not self.weight:
             self.warn(
                 f"TrAct leaves gradients of {self.name} as they are: its weight is another than when it was attached"
             )
             return
-        total, count = patch_second_moment(args[0] if args else kwargs["input"], layer)
+        total, count = patch_second_moment(args[0] if args else kwargs["input"], self.layer)
         # The count travels with the sum.
         packed = torch.cat([total.flatten(), total.new_tensor([count])])
         work: Any = None
         if self.sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             work = dist.all_reduce(packed, async_op=True)  # awaited at the end of the backward pass
-
-        def meet(_: Tensor) -> None:
-            self.met.append((torch._C._current_graph_task_id(), work, packed))
-
-        output.register_hook(meet)
+        moment = _Moment(object(), packed, work)
+        output.register_hook(lambda _: self.met.append((torch._C._current_graph_task_id(), moment)))
 
     def precondition(self, gradient: Tensor) -> Tensor:
         this, self.silent = torch._C._current_graph_task_id(), False
         # Others are of backward passes that did not reach the weight, as for a gradient of the images.
-        met = [(work, packed) for number, work, packed in self.met if number == this]
+        met = [moment for number, moment in self.met if number == this]
         self.met.clear()
         if not met:
             self.warn(
@@ -274,22 +299,17 @@ class _FirstLayer:
                 "the loss does not depend on what the layer puts out"
             )
             return gradient
-        for work, _ in met:
-            if work is not None:
-                work.wait()
-        moment = torch.stack([packed for _, packed in met]).sum(0)
-        if not self.whole_step:
-            return self.times_inverse(gradient, moment)
         grad = self.weight.grad
-        goes_on = grad is not None and self.left == _identity(grad)
-        if goes_on and self.moment is not None and self.raw is not None:
-            moment, raw = self.moment + moment, self.raw + gradient
-        else:
-            raw = gradient
-        now = self.times_inverse(raw, moment)
-        change = now - self.given if goes_on and self.given is not None else now
-        self.moment, self.raw, self.given = moment, raw, now
-        return change
+        before = self.sums if grad is not None and self.left == _identity(grad) else None
+        if not self.whole_step or before is None:
+            before = _Sums(frozenset(), torch.zeros_like(met[0].packed, device=gradient.device), None, None)
+        new = [moment for moment in met if moment.key not in before.counted]
+        packed = before.packed + sum(moment.arrived(gradient.device) for moment in new)
+        raw = gradient if before.raw is None else before.raw + gradient
+        now = self.times_inverse(raw, packed)
+        if self.whole_step:
+            self.coming = _Sums(before.counted | {moment.key for moment in new}, packed, raw, now)
+        return now if before.given is None else now - before.given
 
     def times_inverse(self, gradient: Tensor, packed: Tensor) -> Tensor:
         groups = getattr(self.layer, "groups", 1)
@@ -301,11 +321,16 @@ class _FirstLayer:
     def remember(self, weight: Tensor) -> None:
         """Whoever touches .grad from here on (zeroes, unscales, clips it) ends the update's accumulation."""
         assert weight.grad is not None
+        if self.coming is not None:  # not of torch.autograd.grad, which leaves .grad alone
+            self.sums, self.coming = self.coming, None
         self.left = _identity(weight.grad)
 
     def report(self) -> None:
         if self.bad is not None and bool(self.bad):
-            self.warn(f"TrAct left gradients of {self.name} as they are: its inputs were not finite")
+            self.warn(
+                f"TrAct left gradients of {self.name} as they are: its inputs were not finite, or too large to solve "
+                "with: give it normalised images"
+            )
 
     def report_silence(self) -> None:
         if self.silent:

@@ -3,8 +3,8 @@
 Classes are recognised by name, so that nothing but torch is imported and nothing is imported early.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
-from inspect import unwrap
 from types import FunctionType
 from typing import Any
 
@@ -63,6 +63,21 @@ def _unwrap_optimizer(optimizer: object) -> Optimizer:
     )
 
 
+def inside_another_step(optimizer: Optimizer) -> bool:
+    """Whether the step that runs hooks now was called by a subclass's own, by super().step(), which runs them again.
+
+    Asked within a step hook. torch makes the step of every class that was ever instantiated run hooks.
+    """
+    kind = type(optimizer)
+    if sum(getattr(vars(cls).get("step"), "hooked", False) for cls in kind.__mro__) < 2:
+        return False
+    code, frame, steps = getattr(kind.step, "__code__", None), inspect.currentframe(), 0
+    while frame is not None:
+        steps += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
+
+
 def obstacles(model: nn.Module) -> Iterator[tuple[str, str]]:
     """What about this model keeps hooks from working: pairs of a name in `Callback.supports` and a line."""
     if any("DeepSpeedEngine" in _class_names(module) for module in model.modules()):
@@ -103,7 +118,7 @@ def _has_code(compiled: nn.Module) -> bool:
     for module in region.modules():
         # torch's own layers are inlined into the code of the module around them.
         if not type(module).__module__.startswith("torch.nn.") and _debug_get_cache_entry_list(
-            unwrap(type(module).forward).__code__
+            inspect.unwrap(type(module).forward).__code__
         ):
             return True
     context = getattr(compiled, "dynamo_ctx", None)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from leaven.callbacks import AttachError, Callback, NoEffectWarning, Progress, map_images
 from leaven.callbacks.callback import Handle
-from leaven.curricula.fourier import Size, fourier_pad, pair
+from leaven.curricula.fourier import Size, fourier_crop, fourier_pad, pair
 from leaven.curricula.resize import OPS, Op, rescale_boxes, rescale_masks, resize
 from leaven.curricula.schedule import ET, Schedule
 
@@ -86,6 +86,9 @@ class EfficientTrain(Callback):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.schedule, self.op = schedule, op
+        # Boxes, and images that are given back at full size, go by where the crop's samples stand.
+        known = op.keywords if isinstance(op, partial) and op.func is fourier_crop else {}
+        self._stand = {key: known[key] for key in ("align", "boundary") if key in known}
         self.image_size = pair(image_size)
         self.full_batch_size, self.warmup, self.resize_back = batch_size, warmup, resize_back
         axes = [
@@ -172,7 +175,7 @@ class EfficientTrain(Callback):
             return shrunk, boxes, masks
         return (
             shrunk,
-            _each(lambda part: rescale_boxes(part, old, new), boxes),
+            _each(lambda part: rescale_boxes(part, old, new, self._stand.get("align", "center")), boxes),
             _each(lambda part: rescale_masks(part, new), masks),
         )
 
@@ -237,7 +240,7 @@ class EfficientTrain(Callback):
             raise ValueError(
                 f"op={self._op_name()} gave images of {_words(made)} for the size {_words(self.size)}"
             )
-        return fourier_pad(small, self.image_size) if self.resize_back else small
+        return fourier_pad(small, self.image_size, **self._stand) if self.resize_back else small
 
     def _notice(self, shape: Size) -> None:
         """Images that keep coming in the size of another stage: is it the loader's doing, or a wrong image_size?"""

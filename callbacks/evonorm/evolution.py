@@ -11,6 +11,7 @@ from leaven.callbacks.evonorm.genome import Genome
 from leaven.callbacks.evonorm.space import SearchSpace
 
 _TRIES = 1000  # mutations of one parent, before another winner is taken
+_WINNERS = 20  # of which none has such a child, before the search is given up
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,18 @@ class AgeingEvolution:
         self._keys: set[str] = set()
 
     def ask(self) -> Candidate:
-        """The next candidate; so many may be asked for as one likes before they are told."""
+        """The next candidate; so many may be asked for as one likes before they are told.
+
+        Raises:
+            ValueError: the space has no more genomes that are worth a trial, or hardly any.
+        """
         number = len(self._asked)
         rng = Random(f"{self.seed}/{number}")
-        genome: Genome | None
         parent: int | None = None
         if number < len(self.start):
             genome = self.start[number]
         elif self.random_only or len(self.history) < self.population or len(self.members) < 2:
-            genome = None
-            while genome is None:
-                genome = self._new(lambda: self.space.random(rng))
+            genome = self._random(rng)
         else:
             genome, parent = self._child(rng)
         candidate = Candidate(number, genome, parent)
@@ -135,7 +137,7 @@ class AgeingEvolution:
         return pareto_front(self.history)
 
     def _child(self, rng: Random) -> tuple[Genome, int]:
-        while True:
+        for _ in range(_WINNERS):
             size = max(2, round(self.tournament * len(self.members)))
             chosen = rng.sample(list(self.members), min(size, len(self.members)))
             if self.winner == "average":
@@ -146,6 +148,20 @@ class AgeingEvolution:
             genome = self._new(partial(self.space.mutate, parent, rng))
             if genome is not None:
                 return genome, won.candidate.number
+        raise self._exhausted()
+
+    def _random(self, rng: Random) -> Genome:
+        for _ in range(_WINNERS):
+            genome = self._new(lambda: self.space.random(rng))
+            if genome is not None:
+                return genome
+        raise self._exhausted()
+
+    def _exhausted(self) -> ValueError:
+        return ValueError(
+            f"no new genome of {self.space.nodes} nodes in {_WINNERS * _TRIES} draws after {len(self._asked)} "
+            "candidates: ask for fewer, or take a space with more nodes"
+        )
 
     def _new(self, draw: Callable[[], Genome]) -> Genome | None:
         """One that was not asked for before and is worth a trial; None if there is none for long."""

@@ -128,7 +128,7 @@ class Genome:
             return cls(nodes, body["output"], float(body["eps"]), meta)
         except GenomeError:
             raise
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise GenomeError(f"not a genome: {type(error).__name__} {error}") from error
 
     @classmethod
@@ -203,7 +203,8 @@ def _latex(op: str, parts: list[str]) -> str:
     if op == "neg":
         return f"(-{parts[0]})"
     if op == "square":
-        return f"{parts[0]}^2"
+        bare = parts[0].endswith("^2") or parts[0].startswith(r"\frac")  # whose square needs brackets
+        return f"({parts[0]})^2" if bare else f"{parts[0]}^2"
     if op == "abs":
         return rf"\left|{_bare(parts[0])}\right|"
     if op in AGGREGATIONS:

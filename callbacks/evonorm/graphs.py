@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -27,7 +28,8 @@ def graph_without(block: nn.Module, norm: nn.Module, activation: nn.Module | str
         NoGraph: its code cannot be traced, asks for the mode, or has no such call.
     """
     try:
-        graph = block.graph if isinstance(block, fx.GraphModule) else _traced(block, *watch.given[block])
+        own_graph = isinstance(block, fx.GraphModule)
+        graph = copy.deepcopy(block.graph) if own_graph else _traced(block, *watch.given[block])
     except (
         fx.proxy.TraceError,
         AttributeError,
@@ -38,8 +40,6 @@ def graph_without(block: nn.Module, norm: nn.Module, activation: nn.Module | str
     ) as error:
         raise NoGraph(f"cannot be traced ({' '.join(str(error).split())[:100]})") from error
     assert isinstance(graph, fx.Graph)
-    if any("training" in node.kwargs for node in graph.nodes):
-        raise NoGraph("asks whether it is training")
     own = dict(block.named_modules())
     modules = {node: own.get(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     for node in graph.nodes:
@@ -66,12 +66,26 @@ def _traced(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     bound = inspect.signature(block.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     fixed = {name: x for name, x in bound.arguments.items() if x is None or isinstance(x, bool | int | float)}
-    graph = _Shallow().trace(block, concrete_args=fixed)
+    graph, other = (_trace(block, fixed, training) for training in (block.training, not block.training))
+    if str(graph) != str(other):
+        raise NoGraph("asks whether it is training")
     for node in graph.nodes:
         name = str(node.target).rpartition("_")[0]
         if node.op == "placeholder" and name in fixed:  # fx numbers them, and callers use the names
             node.target = name
     return graph
+
+
+def _trace(block: nn.Module, fixed: dict[str, Any], training: bool) -> fx.Graph:
+    """In one mode, which becomes part of the graph wherever the code asks for it."""
+    modes = [(module, module.training) for module in block.modules()]
+    try:
+        for module, _ in modes:
+            module.training = training
+        return _Shallow().trace(block, concrete_args=fixed)
+    finally:
+        for module, before in modes:
+            module.training = before
 
 
 class _Shallow(fx.Tracer):

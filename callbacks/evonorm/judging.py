@@ -159,7 +159,7 @@ def train(model: nn.Module, task: Task, budget: Budget, seed: int) -> float:
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step == budget.quality_steps < budget.steps:
+        if step == budget.quality_steps:
             reached = accuracy(model, task)
             if reached < budget.quality:
                 raise Rejected(f"quality: {reached:.3f} after {step} updates", reached)
@@ -190,14 +190,17 @@ def stability(model: nn.Module, task: Task, budget: Budget, seed: int) -> float:
     rows = torch.randint(len(task.x), (16,), generator=torch.Generator().manual_seed(seed))
     x, y, largest = task.x[rows], task.y[rows], 0.0
     model.train()
-    for step in range(budget.stability_steps):
+    for step in range(budget.stability_steps + 1):
+        ascends = step < budget.stability_steps
         loss = F.cross_entropy(model(x), y)
-        gradients = torch.autograd.grad(loss, kernels, create_graph=True)
+        gradients = torch.autograd.grad(loss, kernels, create_graph=ascends)
         norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
         value = float(norm.detach())
         largest = max(largest, value)
         if not value <= budget.stability:
             raise Rejected(f"stability: a gradient of {value:.2g} after {step} steps of ascent", value)
+        if not ascends:
+            break
         for p, up in zip(kernels, torch.autograd.grad(norm.clamp_min(1e-30).log(), kernels), strict=True):
             with torch.no_grad():
                 p.add_(up * (0.1 * p.norm() / up.norm().clamp_min(1e-30)))

@@ -78,10 +78,7 @@ class NSGA2(AgeingEvolution):
         """One to start with, or a random one."""
         if number < len(self.start):
             return self.space.padded(self.start[number])
-        rng, genome = Random(f"{self.seed}/{number}"), None
-        while genome is None:
-            genome = self._new(lambda: self.space.random(rng))
-        return genome
+        return self._random(Random(f"{self.seed}/{number}"))
 
     def _suggested(self, trial: Any) -> Genome:
         nodes: list[Node] = []

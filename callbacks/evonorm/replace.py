@@ -194,7 +194,10 @@ def _without_call(
     except NoGraph as error:
         return f"{because}, and {here} {error}"
     shallow = fx.GraphModule(owner, graph, type(plan.owner).__name__)
-    shallow.train(owner.training)
+    if lost := owner.state_dict().keys() - shallow.state_dict().keys():
+        return f"{because}, and {here} has what its code did not use ({min(lost)})"
+    for name, module in shallow.named_modules():  # whatever is frozen in eval mode stays so
+        module.training = owner.get_submodule(name).training
     _put(model, owner, shallow, report)
     return ""
 

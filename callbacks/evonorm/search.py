@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Executor
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def search(
 
     So the search depends neither on the executor nor on who was faster, and a resumed one is the uninterrupted one:
     what the journal knows is not judged again. With more candidates it is what it would have been with so many from the
-    start. A candidate whose judge fails, hangs or dies is rejected.
+    start. A candidate whose judge fails, hangs or dies, or gives a score that is not finite, is rejected.
 
     Args:
         evolution: what asks.
@@ -55,6 +56,8 @@ def search(
         for candidate, outcome in zip(asked, outcomes.values(), strict=True):
             found = outcome.result or {}
             why = outcome.failure or found.get("rejected", "")
+            if not why and not all(map(isfinite, found["scores"])):
+                why = "a score is not a finite number"
             failed += [outcome.failure] if outcome.failure else []
             evolution.tell(candidate.number, None if why else found["scores"], why)
         done += len(asked)

@@ -43,7 +43,7 @@ class SearchSpace:
         nodes = list(self.padded(genome).nodes)
         at = rng.randrange(len(nodes))
         nodes[at] = self._node(rng, len(INITIAL) + at)
-        return Genome(tuple(nodes), len(INITIAL) + len(nodes) - 1, self.eps)
+        return Genome(tuple(nodes), len(INITIAL) + len(nodes) - 1, genome.eps)
 
     def padded(self, genome: Genome) -> Genome:
         """The same function as a graph of this space: dead nodes in front, the output last.
@@ -65,7 +65,7 @@ class SearchSpace:
         place |= {i: len(INITIAL) + dead + n for n, (i, _, _) in enumerate(steps)}
         nodes: list[Node] = [("neg", (0,))] * dead
         nodes += [(op, tuple(place[each] for each in inputs)) for _, op, inputs in steps]
-        return Genome(tuple(nodes), len(INITIAL) + self.nodes - 1, self.eps, genome.meta)
+        return Genome(tuple(nodes), len(INITIAL) + self.nodes - 1, genome.eps, genome.meta)
 
     def _node(self, rng: Random, at: int) -> Node:
         op = rng.choice(self.primitives)

@@ -86,7 +86,7 @@ def test_progress_is_a_fraction_that_stops_at_one() -> None:
     assert progress.fraction == 0.75
     progress.step = 9
     assert progress.fraction == 1
-    for wrong in (0, None, "9", 1.5):
+    for wrong in (0, None, "9", 1.5, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"at least 1, not {wrong!r}"):
             Progress(wrong)  # type: ignore[arg-type]
     assert repr(Progress(4.0)) == "Progress(0/4)"  # type: ignore[arg-type]
@@ -121,6 +121,38 @@ def test_a_step_with_a_closure_counts_once_however_often_it_is_called() -> None:
     optimizer.step(closure)
     assert calls > 2
     assert attached.progress.step == 2
+
+
+def test_a_step_by_way_of_a_parents_step_counts_once_when_it_is_done() -> None:
+    """torch runs the hooks of both, if a plain SGD was ever made."""
+
+    class Clamped(SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.clamp_(-0.01, 0.01)
+            return loss
+
+    model, _ = pair()
+    optimizer = Clamped(model.parameters(), lr=0.1)
+    largest: list[float] = []
+
+    class Looks(Recorder):
+        def update(self) -> None:
+            super().update()
+            largest.append(max(float(p.detach().abs().max()) for p in self.model.parameters()))
+
+    recorder = Looks()
+    attached = attach(model, optimizer, recorder, total_steps=4)
+    for seed in range(3):
+        train_step(model, optimizer, seed)
+    with pytest.raises(ZeroDivisionError):  # and a step that broke off is forgotten
+        optimizer.step(lambda: 1 / 0)
+    train_step(model, optimizer, 3)
+    assert attached.progress.step == 4
+    assert recorder.steps == [1, 2, 3, 4]
+    assert max(largest) <= 0.01 + 1e-6
 
 
 IMPLEMENTATIONS = [{"foreach": False}, {"foreach": True}, {"fused": True}]

@@ -401,6 +401,45 @@ def test_code_that_asks_for_an_argument_stays_right(how: str) -> None:
             model[0].block(x, 2 * x)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_code_with_a_branch_for_training_is_left_alone(training: bool) -> None:
+    """torch.fx takes the branch of the mode in which it traces, for good."""
+
+    def louder(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.norm(x))
+        return y + 100 if m.training else y
+
+    model, x = code(louder, norm=nn.BatchNorm2d(3)).train(training), torch.randn(2, 3, 8, 8)
+    own = outputs(model, x)
+    with pytest.warns(NoEffectWarning, match="0 asks whether it is training"):
+        replace_norm_act(model, same_as(F.relu))
+    assert all(map(torch.equal, outputs(model, x), own))
+    assert model[0].training is training
+
+
+def test_every_module_of_a_block_keeps_its_mode() -> None:
+    model = code(lambda m, x: m.drop(F.relu(m.norm(x))), norm=nn.BatchNorm2d(3), drop=nn.Dropout())
+    model[0].norm.eval()
+    model[0].drop.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    report = replace_norm_act(model, partial(evo_norm, "b0"))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    report.undo()
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_a_block_that_is_a_graph_already_is_itself_again_after_undoing() -> None:
+    """Copies of a GraphModule are made from its graph, not from its code."""
+    block = code(lambda m, x: F.relu(m.norm(x)), norm=nn.BatchNorm2d(3))[0]
+    model, x = nn.Sequential(torch.fx.symbolic_trace(block)), torch.randn(2, 3, 8, 8)
+    own = outputs(model, x)
+    report = replace_norm_act(model, same_as(F.relu))
+    assert len(report.replaced) == 1
+    assert all(map(torch.equal, outputs(model, x), own))
+    report.undo()
+    assert all(map(torch.equal, outputs(model, x), own))
+
+
 def test_what_is_left_is_left_with_a_reason() -> None:
     norm, act = partial(nn.BatchNorm2d, 3), nn.ReLU
     cases: dict[str, nn.Module] = {
@@ -414,6 +453,9 @@ def test_what_is_left_is_left_with_a_reason() -> None:
         ),
         "asks whether it is training": code(
             lambda m, x: F.dropout(F.relu(m.norm(x)), 0.5, training=m.training), norm=norm()
+        ),
+        "0 has what its code did not use (aux.bias)": code(
+            lambda m, x: F.relu(m.norm(x)), norm=norm(), aux=nn.Linear(3, 3)
         ),
         "in the code of the model itself": code(lambda m, x: F.relu(m.norm(x)), norm=norm())[0],
     }

@@ -100,6 +100,16 @@ def test_json_comes_back_and_tells_what_it_is() -> None:
         Genome.named("gelu")
 
 
+def test_squares_in_latex_are_of_the_whole() -> None:
+    for first, second, expected in (
+        (("square", 0), ("square", 4), "(x^2)^2"),
+        (("div", 0, 3), ("square", 4), r"(\frac{x}{v_1})^2"),
+        (("add", 0, 3), ("square", 4), "(x + v_1)^2"),
+        (("tanh", 0), ("square", 4), r"\tanh(x)^2"),
+    ):
+        assert Genome.of([first, second]).formula(latex=True) == expected
+
+
 def test_the_key_is_that_of_the_function() -> None:
     swish = Genome.of([("sigmoid", 0), ("mul", 0, 4)])
     same = [
@@ -143,6 +153,7 @@ def test_other_keys_are_other_functions() -> None:
         '{"version": 1, "nodes": [["neg", 0]], "output": 4, "eps": 0}',
         '{"version": 1, "nodes": [["neg", 0]], "output": 4, "eps": "nan"}',
         '{"version": 1, "nodes": [["neg", 0]], "output": 4, "eps": 1e-5, "meta": 3}',
+        '{"version": 1, "nodes": [["neg", 0]], "output": 4, "eps": 1' + "0" * 400 + "}",
         json.dumps({"version": 1, "nodes": [["neg", 0]] * 300, "output": 4, "eps": 1e-5}),
     ],
 )  # fmt: skip
@@ -188,6 +199,8 @@ def test_known_layers_are_put_into_the_space() -> None:
         assert len(padded.nodes) == 10
         assert padded.key == genome.key
         assert space.padded(padded) is padded
+        other = Genome.of(NAMED[name], eps=1e-3)
+        assert space.padded(other).eps == space.mutate(other, Random(0)).eps == 1e-3
     with pytest.raises(ValueError, match="bwh is not in the S series"):
         SearchSpace("S").padded(Genome.named("bn_relu"))
     with pytest.raises(ValueError, match="6 live nodes, and the space 3"):
@@ -481,6 +494,18 @@ def test_failures_are_rejections() -> None:
     assert len(found.history) + len(found.rejected) == 40
 
 
+def test_scores_that_are_no_numbers_are_rejections() -> None:
+    """None surpasses them, so that they would win every tournament."""
+
+    def broken(genome: str) -> Any:
+        return {"scores": [math.nan, math.inf]} if "sigmoid" in genome else score(genome)
+
+    found = search(evolution(population=5), broken, 40)
+    assert "a score is not a finite number" in found.rejected.values()
+    assert all(math.isfinite(each.mean) for each in found.history)
+    assert len(found.history) + len(found.rejected) == 40
+
+
 def richness(genome: str) -> dict[str, Any]:
     """Something that can be climbed in small steps: live nodes, and kinds of primitives among them."""
     steps = [op for _, op, _ in Genome.from_json(genome).steps()]
@@ -544,6 +569,20 @@ def test_starts_come_first() -> None:
     child = found.ask()
     assert child.parent in (0, 1)
     assert child.genome.key not in {each.key for each in start}
+
+
+@pytest.mark.parametrize("random_only", [True, False])
+def test_a_space_that_is_used_up_is_an_error_and_no_endless_search(random_only: bool) -> None:
+    found = AgeingEvolution(SearchSpace("S", 1), population=4, random_only=random_only)
+
+    def more(candidates: int) -> None:
+        for _ in range(candidates):
+            found.tell(found.ask().number, [1.0])
+
+    more(30)
+    with pytest.raises(ValueError, match=r"no new genome of 1 nodes in .* draws after \d+ candidates: ask"):
+        more(500)
+    assert len({each.candidate.genome.key for each in found.history}) == len(found.history)
 
 
 def member(number: int, *scores: float) -> Member:
@@ -625,11 +664,26 @@ def test_rejections() -> None:
     data = task()
     strict = Budget(steps=4, batch_size=16, quality_steps=2, quality=0.99, stability_steps=0)
     assert "mobilenet, quality: 0." in judge(Genome.named("evonorm_s1"), data, strict)["rejected"]
+    at_the_end = Budget(steps=2, batch_size=16, quality_steps=2, quality=0.99, stability_steps=0)
+    assert "quality: 0." in judge(Genome.named("evonorm_s1"), data, at_the_end)["rejected"]
     # Reciprocals of what is near 0, many times over.
     wild = Genome.of([("square", 0), ("square", 4), ("exp", 5)])
     assert "stability" in judge(wild, data, FAST)["rejected"] or "loss" in judge(wild, data, FAST)["rejected"]
     with pytest.raises(ValueError, match="no anchor 'vgg'; there are: mobilenet"):
         build("vgg", data, None, 0)
+
+
+def test_the_norm_that_the_last_step_of_ascent_leads_to_is_looked_at() -> None:
+    data = task()
+
+    def largest(steps: int, limit: float = 1e8) -> float:
+        model = build("mobilenet", data, partial(EvolvedNormAct2d, Genome.named("evonorm_s1")), 0)
+        return stability(model, data, Budget(stability_steps=steps, stability=limit), 0)
+
+    start, once = largest(0), largest(1)
+    assert once > start > 0
+    with pytest.raises(Rejected, match="after 1 steps of ascent"):
+        largest(1, (start + once) / 2)
 
 
 @pytest.mark.slow

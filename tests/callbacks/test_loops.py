@@ -220,6 +220,41 @@ def test_hf_trainer_accumulates_and_says_what_it_cannot_find(tmp_path: Path) -> 
         hf(tmp_path, Classifier(), AsTrainerCallback(EMA(), model="backbone")).train()
 
 
+def test_hf_trainer_starts_anew_after_a_training_that_broke_off(tmp_path: Path) -> None:
+    """Stopped by hand in a notebook, or out of memory under auto_find_batch_size."""
+    needs("transformers")
+    from transformers import TrainerCallback
+
+    from leaven.callbacks.hf import AsTrainerCallback
+
+    class Breaks(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    model, used = Classifier(), callbacks()
+    trainer = hf(tmp_path, model, AsTrainerCallback(*used, model="net"))
+    whole = {key: value.clone() for key, value in model.state_dict().items()}
+    trainer.add_callback(Breaks)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Breaks)
+    model.load_state_dict(whole)
+    trainer.optimizer.state.clear()
+    trainer.train()
+    compare(model.net, used[2], used[3])
+    assert not model.net._forward_pre_hooks
+
+
+def test_lightning_without_an_end_is_refused_in_one_line() -> None:
+    pl = needs("lightning.pytorch")
+    from leaven.callbacks.lightning import AsLightning
+
+    trainer = lightning(pl, -1, AsLightning(EMA(), model="net"), enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"total_steps must be the number of optimizer updates.*not inf"):
+        trainer.fit(module_of(pl, Classifier()), loader())
+
+
 def test_one_script_in_four_loops_ends_with_the_same_weights(tmp_path: Path) -> None:
     """examples/loops: EvoNorm, TrAct, EfficientTrain and EMA, 28 updates."""
     needs("lightning")

@@ -190,6 +190,20 @@ def test_padding_by_name(padding: str) -> None:
     torch.testing.assert_close(patch_second_moment(x, conv)[0], brute_force(x, conv)[0])
 
 
+def test_a_layer_that_was_changed_after_it_was_made_counts_as_it_is() -> None:
+    """A 7x7 stem with stride 2 made one for small images, attribute by attribute."""
+    stem, x = nn.Conv2d(3, 4, 7, 2, 3, bias=False).double(), images(3)[0]
+    stem.weight = nn.Parameter(stem.weight[:, :, 2:5, 2:5].detach().clone())
+    small = nn.Conv2d(3, 4, 3, 1, 1, bias=False).double()
+    small.weight = stem.weight
+    for one in (1, (1, 1)):
+        stem.stride = stem.padding = stem.dilation = one  # type: ignore[assignment]
+        assert torch.equal(stem(x), small(x))
+        (found, count), (expected, expected_count) = (patch_second_moment(x, each) for each in (stem, small))
+        assert count == expected_count
+        torch.testing.assert_close(found, expected)
+
+
 def test_convolutions_of_other_dimensions_are_those_of_two() -> None:
     x = torch.randn(3, 4, 11).double()
     line, plane = nn.Conv1d(4, 5, 3, 2, 1).double(), nn.Conv2d(4, 5, (1, 3), (1, 2), (0, 1)).double()
@@ -310,6 +324,47 @@ def test_two_passes_before_one_backward_share_a_moment() -> None:
     torch.testing.assert_close(model[0].weight.grad, by_hand(model, torch.cat([x, x2]), plain))
 
 
+@pytest.mark.parametrize("when", ["backward", "step"])
+def test_every_backward_pass_of_an_update_has_a_moment(when: str) -> None:
+    """Two losses on one forward pass, two passes before two backward passes, gradients that are only looked at."""
+    model, (x, y), (x2, y2) = net(), images(6), images(4, seed=1)
+    plain = gradients(model, x, y)[0]
+    both = 0.6 * plain + 0.4 * gradients(model, x2, y2)[0]
+    with attached(model, when=when), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.zero_grad()
+        loss = loss_of(model, x, y)
+        (looked,) = torch.autograd.grad(loss, [model[0].weight], retain_graph=True)
+        torch.testing.assert_close(looked, by_hand(model, x, plain))
+        (0.25 * loss).backward(retain_graph=True)
+        (0.75 * loss).backward()
+        torch.testing.assert_close(model[0].weight.grad, by_hand(model, x, plain))
+        model.zero_grad()
+        first, second = 0.6 * loss_of(model, x, y), 0.4 * loss_of(model, x2, y2)
+        first.backward()
+        second.backward()
+        expected = by_hand(model, torch.cat([x, x2]), both)  # as one batch
+        if when == "backward":
+            expected = by_hand(model, x, 0.6 * plain) + by_hand(model, x2, both - 0.6 * plain)
+        torch.testing.assert_close(model[0].weight.grad, expected)
+
+
+def test_replicas_of_data_parallel_share_a_moment() -> None:
+    """What DataParallel makes for each device, called here in turn: their weights are tensors, no parameters."""
+    model, (x, y) = net(), images(6)
+    stem, rest = model[0], model[1:]
+    plain = gradients(model, x, y)[0]
+    model.zero_grad()
+    with attached(model):
+        outputs = []
+        for part in (x[:4], x[4:]):
+            replica = stem._replicate_for_data_parallel()
+            replica.weight, replica.bias = stem.weight.clone(), stem.bias.clone()
+            outputs.append(replica(part))
+        F.cross_entropy(rest(torch.cat(outputs)), y).backward()
+    torch.testing.assert_close(stem.weight.grad, by_hand(model, x, plain))
+
+
 def test_checkpointing_does_not_change_the_moment() -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -338,6 +393,18 @@ def test_micro_batches_of_a_step_are_one_batch(zero: str) -> None:
                 expected = by_hand(model, x[:n], plain[k]) * n / 12
                 torch.testing.assert_close(model[0].weight.grad, expected, rtol=1e-10, atol=1e-12)
             model.zero_grad(set_to_none=zero == "to none")
+
+
+def test_gradients_that_are_looked_at_between_micro_batches_do_not_count() -> None:
+    model, (x, y) = net(), images(12)
+    plain = gradients(model, x, y)[0]
+    model.zero_grad()
+    with attached(model, when="step"):
+        for k in range(3):
+            loss = loss_of(model, x[4 * k : 4 * k + 4], y[4 * k : 4 * k + 4]) / 3
+            torch.autograd.grad(loss, [model[0].weight], retain_graph=True)
+            loss.backward()
+        torch.testing.assert_close(model[0].weight.grad, by_hand(model, x, plain))
 
 
 def test_every_backward_has_its_own_moment_by_default() -> None:
@@ -428,6 +495,10 @@ def test_a_gradient_without_a_moment_is_left_alone_and_named() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             gradients(model, x, y)  # said once
+            model.train()
+            gradients(model, x, y)
+            model.eval()  # has nothing of the pass before
+            assert all(map(torch.equal, gradients(model, x, y), plain))
 
 
 @pytest.mark.parametrize("when", ["backward", "step"])
@@ -524,6 +595,25 @@ def test_images_that_are_not_finite_leave_the_gradient_and_are_reported() -> Non
     gradients(model, x, y)
     with pytest.warns(NoEffectWarning, match="its inputs were not finite"):
         callbacks.remove()
+
+
+def test_images_that_were_not_normalised_and_cannot_be_solved_with_are_told_from_those() -> None:
+    """Patches of 768 numbers in [0, 255]: in float32 the damping is lost beside the largest eigenvalue."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.Flatten(), nn.Linear(32, 3))
+    x, y = torch.rand(4, 3, 32, 32) * 255, torch.tensor([0, 1, 2, 0])
+    plain = gradients(model, x, y)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with attach(model, optimizer, TrAct(LAM, ["0"]), total_steps=100):
+        assert all(map(torch.equal, gradients(model, x, y), plain))
+        with pytest.warns(NoEffectWarning, match="or too large to solve with: give it normalised images"):
+            optimizer.step()
+
+
+def test_an_image_that_is_too_small_is_refused_in_torchs_words() -> None:
+    model = net(kernel_size=5, padding=0)
+    with attached(model), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        model(images(2)[0][..., :4, :3])
 
 
 def test_copies_are_plain() -> None:
@@ -628,19 +718,23 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_left() -> None:
         assert not any(p._backward_hooks for p in network.parameters())
 
 
-def test_a_layer_is_under_tract_once() -> None:
-    model, (x, y) = net(), images(4)
-    optimizer = SGD(model.parameters(), lr=0.0)
-    expected = by_hand(model, x, gradients(model, x, y)[0])
-    tract(model[0])
-    with pytest.raises(AttachError, match=r"under tract\(\) already: remove_tract"):
-        attach(model, optimizer, TrAct(layers=["0"]), total_steps=1)
-    remove_tract(model[0])
-    model.zero_grad()
-    with attach(model, optimizer, TrAct(LAM, layers=["0", "0"]), total_steps=1):
-        with pytest.raises(ValueError, match="a TrAct layer already: remove what attach returned"):
+def test_a_layer_is_trained_once_whoever_asks_for_it() -> None:
+    """Attached to a model and to its part, by `tract` too, or named twice: the inverse is taken once."""
+    model, (x, y) = net(), images(6)
+    plain = gradients(model, x, y)[0]
+    whole = nn.ModuleDict({"backbone": model})
+    with attached(model, layers=["0", "0"]):
+        torch.testing.assert_close(gradients(model, x, y)[0], by_hand(model, x, plain))
+        with pytest.raises(AttachError, match=r"TrAct trains Sequential\.0 already: remove"):
+            attach(whole, SGD(model.parameters(), lr=0.0), TrAct(layers=["0"]), total_steps=9)
+        with pytest.raises(ValueError, match="a TrAct layer already"):
             tract(model[0])
-        torch.testing.assert_close(gradients(model, x, y)[0], expected)
+    tract(model[0])
+    with pytest.raises(AttachError, match=r"TrAct trains Sequential\.0 already"):
+        attached(model)
+    remove_tract(model[0])
+    with attached(model):
+        torch.testing.assert_close(gradients(model, x, y)[0], by_hand(model, x, plain))
 
 
 def test_a_network_that_takes_keywords_alone_is_named_and_works_by_the_layers_name() -> None:

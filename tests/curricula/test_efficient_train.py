@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from leaven.backbones import create
 from leaven.callbacks import AttachError, NoEffectWarning, TrAct, attach
 from leaven.curricula import ET, ET_PP, EfficientTrain, Schedule, Stage, fourier_crop, fourier_pad, resize
+from leaven.curricula.resize import rescale_boxes
 from leaven.pretext import Output, SparK
 
 SCHEDULE = Schedule((Stage(0.5, 8, 4), Stage(0.75, 12, 2), Stage(1.0, 16)), "steps", (0.25, 0.5, 0.75, 1.0))
@@ -187,6 +188,21 @@ def test_targets_go_along_as_a_plain_function() -> None:
     assert torch.equal(b, boxes / 2)
     assert m.shape == (2, 8, 8)
     assert curriculum(images, masks=masks)[1] is None
+
+
+@pytest.mark.parametrize(
+    "how", [{"align": "corner", "nyquist": "upstream"}, {"boundary": "reflect"}, {"align": "center"}]
+)
+def test_boxes_and_whole_images_go_by_the_alignment_of_the_crop(how: dict[str, Any]) -> None:
+    op, images = partial(fourier_crop, **how), torch.randn(2, 3, 15, 15, dtype=torch.float64)
+    schedule = Schedule((Stage(0.5, 7), Stage(1.0, 15)))
+    boxes = torch.tensor([[2.0, 4.0, 8.0, 15.0]])
+    _, small, _ = EfficientTrain(schedule, op, image_size=15)(images, boxes=boxes)
+    align = how.get("align", "center")
+    assert torch.equal(small, rescale_boxes(boxes, (15, 15), (7, 7), align))
+    back = EfficientTrain(schedule, op, image_size=15, resize_back=True)
+    once = back(images)
+    torch.testing.assert_close(back(once), once)  # what has low frequencies alone stays, where it is
 
 
 # --- backbones of one size ----------------------------------------------------------------------------------
