@@ -212,9 +212,10 @@ def cell(method: str, name: str, sizes: list[int]) -> str:
             kind: [str(w.message) for w in seen if w.category is kind]
             for kind in (NoEffectWarning, UntrainedWarning)
         }
-        if lines[NoEffectWarning]:
+        some = [line for line in lines[NoEffectWarning] if "that were replaced" in line]  # EvoNorm's, in part
+        if lines[NoEffectWarning] != some:
             return f"no effect: {lines[NoEffectWarning][0]}"
-        note = note or next(iter(lines[UntrainedWarning]), "")
+        note = note or next(iter(some + lines[UntrainedWarning]), "")
         said = f"works: {note}" if note else "works"
         if note.startswith("DEFECT"):
             said = note

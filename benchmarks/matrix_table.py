@@ -39,6 +39,15 @@ _COMES_TO = (
         "some BatchNorm layers are left; the report says which, and why",
     ),
     (
+        r"EvoNorm: none of the \d+ BatchNorm layers .*",
+        "no BatchNorm has its activation directly behind it, and nothing would be normalised",
+    ),
+    (
+        r"\d+ of the \d+ BatchNorm layers of \w+ that were replaced .*",
+        "few of its BatchNorm layers have their activation directly behind them; the others become scale and shift "
+        "alone, and a warning says so",
+    ),
+    (
         r"\w+ does not run on images of \d+x\d+ .*",
         "it runs on one size of images only; resize_back=True serves in Python, and saves nothing",
     ),

@@ -127,8 +127,12 @@ def updates(loader: Sized, epochs: int, accumulation: int = 1, world_size: int =
         world_size: number of processes that share the loader's batches.
 
     Raises:
-        ValueError: the loader has no length, or gives a process no batch at all.
+        ValueError: the loader has no length, or gives a process no batch at all; no accumulation, or no process.
     """
+    if min(accumulation, world_size) < 1:
+        raise ValueError(
+            f"accumulation and world_size must be at least 1, not accumulation={accumulation}, world_size={world_size}"
+        )
     try:
         batches = len(loader)
     except TypeError as error:
@@ -173,7 +177,10 @@ def map_images(
             raise TypeError(
                 "the model was called with images of torch.uint8: normalise them before the model"
             )
-    raise TypeError("the model was called without images: expected a floating-point tensor (B, C, H, W)")
+    raise TypeError(
+        "the model was called without images: expected a floating-point tensor (B, C, H, W) as an argument of its own. "
+        "Where they come in a dict or a list, attach to the part of the model that is called with them"
+    )
 
 
 def _is_images(value: Any) -> bool:

@@ -1,11 +1,11 @@
 """What `attach` and its checkpoints refuse, each in one line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from leaven.callbacks.callback import Callback
+from leaven.callbacks.callback import Callback, Handle
 from leaven.callbacks.wrappers import AttachError, in_ddp, obstacles, unwrap_model
 
 # Callbacks of a lower order change the model itself.
@@ -24,13 +24,34 @@ def check_arguments(model: object, optimizer: object, callbacks: Sequence[object
             f"{order}: the second is the model's optimizer, or None where the loop calls attached.step(), not "
             f"{_named(optimizer)}"
         )
+    check_callbacks(callbacks, "attach(model, optimizer, *callbacks, total_steps=)")
+
+
+def check_callbacks(callbacks: Sequence[object], call: str) -> None:
+    """What `call` was given as callbacks."""
     for callback in callbacks:
         if isinstance(callback, type) and issubclass(callback, Callback):
-            raise TypeError(f"attach takes callbacks, not their classes: {callback.__name__}(...)")
+            raise TypeError(f"{call} takes callbacks, not their classes: {callback.__name__}(...)")
         if isinstance(callback, list | tuple):
-            raise TypeError(f"attach takes callbacks one by one, not a {type(callback).__name__}: *callbacks")
+            raise TypeError(f"{call} takes callbacks one by one, not a {type(callback).__name__}: *callbacks")
         if not isinstance(callback, Callback):
-            raise TypeError(f"{order}: {_named(callback)} is no callback of leaven's")
+            raise TypeError(f"{call}: {_named(callback)} is no callback of leaven's")
+
+
+def checked_handles(found: Iterable[Handle], callback: Callback) -> Iterator[Handle]:
+    """What a `setup` returned, handle by handle. It is somebody's own code, so its type is not taken on trust."""
+    how = f"{callback.name}.setup must yield a handle for each thing to undo, or return ()"
+    given: object = found
+    if not isinstance(given, Iterable):
+        if callable(remove := getattr(given, "remove", None)):  # `return handle`: nobody else would undo it
+            remove()
+        raise TypeError(f"{how}: it returned {'None' if given is None else _named(given)}")
+    for handle in given:
+        if not callable(getattr(handle, "remove", None)):
+            raise TypeError(
+                f"{how}: it gave {'None' if handle is None else _named(handle)}, without .remove()"
+            )
+        yield handle
 
 
 def check_objective(model: nn.Module, callbacks: Sequence[Callback]) -> None:
@@ -44,11 +65,12 @@ def check_objective(model: nn.Module, callbacks: Sequence[Callback]) -> None:
                 )
 
 
-def check_state(state: dict[str, Any]) -> None:
+def check_state(state: Any) -> None:
     """Another object's state, or none."""
     wanted = {"progress": {"step", "total_steps", "round"}, "callbacks": set()}
     for key, parts in wanted.items():
-        if not isinstance(state.get(key), dict) or not parts <= state[key].keys():
+        part = state.get(key) if isinstance(state, dict) else None
+        if not isinstance(part, dict) or not parts <= part.keys():
             raise ValueError(
                 f"this is no state of attached callbacks, which has {key!r}: give what attached.state_dict() returned"
             )
@@ -59,7 +81,13 @@ def _is_callback(thing: object) -> bool:
 
 
 def _named(thing: object) -> str:
-    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+    return f"the class {thing.__name__}" if isinstance(thing, type) else _a(type(thing).__name__)
+
+
+def _a(name: str) -> str:
+    """With its article: capitals are spelt, an SGD."""
+    vowels = "AEFHILMNORSX" if name[:2].isupper() else "AEIOaeio"
+    return f"{'an' if name[0] in vowels else 'a'} {name}"
 
 
 def check_elsewhere(model: nn.Module, callbacks: Sequence[Callback], others: Sequence[Callback]) -> None:
@@ -71,6 +99,16 @@ def check_elsewhere(model: nn.Module, callbacks: Sequence[Callback], others: Seq
             raise AttachError(
                 f"{taken[callback.slot]}, attached to this {name} already, and {callback.name} both "
                 f"claim the slot {callback.slot!r}: remove the first one"
+            )
+
+
+def check_free(callbacks: Sequence[Callback], taken: Sequence[Callback]) -> None:
+    """An instance serves one model at a time; surgery, which is done once it is attached, is free again."""
+    for callback in callbacks:
+        if callback.order >= SURGERY and any(callback is each for each in taken):
+            raise AttachError(
+                f"this {callback.name} is attached already: attach another one, or first call .remove() of what attach "
+                "returned for it"
             )
 
 
@@ -123,5 +161,5 @@ def check_plain(value: Any, owner: str) -> None:
             check_plain(item, owner)
     elif type(value) not in _PLAIN and not isinstance(value, Tensor):
         raise TypeError(
-            f"the state of {owner} holds a {type(value).__name__}: only plain types and tensors can be saved"
+            f"the state of {owner} holds {_named(value)}: only plain types and tensors can be saved"
         )

@@ -32,11 +32,13 @@ from leaven.callbacks.checks import (
     check_arguments,
     check_claims,
     check_elsewhere,
+    check_free,
     check_objective,
     check_obstacles,
     check_plain,
     check_state,
     check_surgery,
+    checked_handles,
 )
 from leaven.callbacks.hooks import Hook, Switch, watch
 from leaven.callbacks.stepping import Unstepped, report_untrained
@@ -79,8 +81,8 @@ def attach(
     Raises:
         TypeError: arguments in another order, or a callback's class in place of the callback.
         ValueError: total_steps is no number of updates.
-        AttachError: two callbacks claim one slot or one name, the model or optimizer does not run hooks, or the
-            objective refuses a callback.
+        AttachError: two callbacks claim one slot or one name, one is attached already, the model or optimizer does
+            not run hooks, or the objective refuses a callback.
     """
     return Attached(model, optimizer, callbacks, total_steps)
 
@@ -110,6 +112,8 @@ class Attached:
         check_obstacles(model, self.callbacks)
         check_surgery(model, self.callbacks)
         check_objective(model, self.callbacks)
+        everywhere = [attached for each in _ATTACHED.values() for attached in each]
+        check_free(self.callbacks, [callback for each in everywhere for callback in each.callbacks])
         self._optimizers = unwrap_optimizers(optimizer)
         self._round = [0] * len(self._optimizers)  # updates of each optimizer since the last count
         self._optimizers_report = False
@@ -129,7 +133,8 @@ class Attached:
                 for switch in (self._switch, *(other._switch for other in others)):
                     silent.enter_context(switch.off())
                 for callback in self.callbacks:
-                    for handle in callback.setup(parts[callback.binds], self._optimizers, self.progress):
+                    made = callback.setup(parts[callback.binds], self._optimizers, self.progress)
+                    for handle in checked_handles(made, callback):
                         undo.callback(handle.remove)
                         if hook := watch(handle, whole, self._switch, callback.name):
                             self._hooks.append(hook)

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from leaven.callbacks.core import Callback, Handle, Progress
+from leaven.callbacks.core import AttachError, Callback, Handle, Progress
 
 
 class EMA(Callback):
@@ -27,6 +29,8 @@ class EMA(Callback):
 
     Raises:
         ValueError: a decay out of range.
+        AttachError: on attaching, the model cannot be deep-copied.
+        RuntimeError: at an update, the model has other parameters than when it was attached.
     """
 
     order = 90
@@ -39,8 +43,9 @@ class EMA(Callback):
         device: torch.device | str | None = None,
         name: str = "EMA",
     ) -> None:
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be between 0 and 1, not {decay}")
+        given: object = decay
+        if not isinstance(given, Real) or not 0 <= decay <= 1:
+            raise ValueError(f"decay must be between 0 and 1, not {decay!r}")
         self.decay = decay
         self.warmup = warmup
         self.device = None if device is None else torch.device(device)
@@ -60,11 +65,21 @@ class EMA(Callback):
         self, model: nn.Module, optimizers: tuple[Optimizer, ...], progress: Progress
     ) -> Iterable[Handle]:
         self._model, self._progress = model, progress
-        self._ema = self._average_of(model)
+        self._followed = list(model.parameters())
+        try:
+            self._ema = self._average_of(model)
+        except (TypeError, RuntimeError) as error:  # what copy.deepcopy raises
+            raise AttachError(
+                f"{self.name} averages a copy of {type(model).__name__}, which cannot be deep-copied ({error}): keep "
+                "such an object out of the module, or give the module a __getstate__ that leaves it out"
+            ) from error
         return ()
 
     def update(self) -> None:
-        if _shapes(self.module) != _shapes(self._model):  # timm pairs parameters by their order
+        live = list(self._model.parameters())
+        same = len(live) == len(self._followed) and all(map(is_, live, self._followed))
+        # timm pairs parameters by their order
+        if not same or [p.shape for p in live] != [p.shape for p in self.module.parameters()]:
             raise RuntimeError(
                 f"{self.name} cannot go on averaging {type(self._model).__name__}, whose parameters are not those "
                 "that it was attached to (was its head replaced?): remove it, and attach again after the change"
@@ -127,10 +142,6 @@ def _plain_state(module: nn.Module) -> dict[str, Tensor]:
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     for key, value in target.items():
         value.copy_(source[key])
-
-
-def _shapes(module: nn.Module) -> list[torch.Size]:
-    return [parameter.shape for parameter in module.parameters()]
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from leaven.callbacks.callback import Callback
-from leaven.callbacks.checks import SURGERY
+from leaven.callbacks.checks import SURGERY, check_callbacks
 from leaven.callbacks.core import Attached, attach
 
 try:
@@ -32,9 +32,15 @@ class AsTrainerCallback(TrainerCallback):
         *callbacks: see `leaven.callbacks.attach`.
         model: name of a part of the model to attach to, such as "backbone"; all of it by default.
         resume: the checkpoint folder, where it is not one of the Trainer's output_dir.
+
+    Raises:
+        TypeError: no callbacks, or something else.
     """
 
     def __init__(self, *callbacks: Callback, model: str = "", resume: str | Path | None = None) -> None:
+        check_callbacks(callbacks, "AsTrainerCallback(*callbacks)")
+        if not callbacks:
+            raise TypeError("AsTrainerCallback takes one callback at least, such as AsTrainerCallback(EMA())")
         self.surgery = tuple(callback for callback in callbacks if callback.order < SURGERY)
         self.others = tuple(callback for callback in callbacks if callback.order >= SURGERY)
         self.model, self.resume = model, resume

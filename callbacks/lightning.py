@@ -2,11 +2,12 @@
 
 import sys
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from leaven.callbacks.callback import Callback
-from leaven.callbacks.checks import SURGERY
+from leaven.callbacks.checks import SURGERY, check_callbacks
 from leaven.callbacks.core import Attached, attach
 
 try:
@@ -16,21 +17,30 @@ except ImportError as error:
 
 # Surgery follows no schedule.
 _UNCOUNTED = sys.maxsize
+# What was done to a network: another Trainer may fit it on, or test it.
+_OPERATED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class AsLightning(pl.Callback):
     """leaven's callbacks as one of Lightning's: ``Trainer(callbacks=[AsLightning(EMA(), model="net")])``.
 
-    They are attached when training starts and come off when it ends; surgery happens in Lightning's `setup`, before
-    optimizers are made and checkpoints loaded, and stays. Their state is in Lightning's checkpoints.
+    They are attached when training starts and come off when it ends; surgery happens in Lightning's `setup` of fit,
+    validate, test and predict, before optimizers are made and checkpoints loaded, and stays. Their state is in
+    Lightning's checkpoints.
 
     Args:
         *callbacks: see `leaven.callbacks.attach`.
         model: name of the LightningModule's attribute that `training_step` calls, with dots if need be. Not the
             LightningModule itself, whose hooks Lightning goes around.
+
+    Raises:
+        TypeError: no callbacks, or something else.
     """
 
     def __init__(self, *callbacks: Callback, model: str = "model") -> None:
+        check_callbacks(callbacks, "AsLightning(*callbacks)")
+        if not callbacks:
+            raise TypeError("AsLightning takes one callback at least, such as AsLightning(EMA())")
         self.surgery = tuple(callback for callback in callbacks if callback.order < SURGERY)
         self.others = tuple(callback for callback in callbacks if callback.order >= SURGERY)
         self.model = model
@@ -39,8 +49,10 @@ class AsLightning(pl.Callback):
         self._pending: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and self.surgery and self._operated is None:
-            self._operated = attach(self._find(pl_module), None, *self.surgery, total_steps=_UNCOUNTED)
+        self._pending = None  # what a validation has loaded is not for this run
+        if self.surgery and _OPERATED.get(net := self._find(pl_module)) != (what := repr(self.surgery)):
+            self._operated = attach(net, None, *self.surgery, total_steps=_UNCOUNTED)
+            _OPERATED[net] = what
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Infinite where the Trainer has no end: attach refuses that in one line.

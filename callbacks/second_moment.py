@@ -22,8 +22,11 @@ def reason_against(layer: nn.Module) -> str | None:
     plain = any(type(layer).forward is each.forward for each in (*_CONVOLUTIONS, nn.Linear))
     if not plain and not _pads_by_size(layer):
         return f"a {kind} is not a Linear or Conv1d to Conv3d as torch computes them"
-    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+    weight = layer._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
         return f"the weight of this {kind} is derived from other parameters"
+    if nn.parameter.is_lazy(weight):
+        return f"the weight of this {kind} is not there yet: call the model on a batch first"
     return None
 
 
@@ -44,9 +47,11 @@ def patch_second_moment(x: Tensor, layer: nn.Module) -> tuple[Tensor, int]:
 
     Raises:
         TypeError: another kind of layer.
+        ValueError: an input that the layer does not take.
     """
     if reason := reason_against(layer):
         raise TypeError(f"no second moment: {reason}")
+    _check_input(x, layer)
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if isinstance(layer, nn.Linear):
@@ -72,10 +77,17 @@ def tract_gradient(gradient: Tensor, moment: Tensor, lam: float) -> Tensor:
         lam: greater than 0, in units of the inputs' variance.
 
     Raises:
-        ValueError: lam is not greater than 0.
+        ValueError: lam is not greater than 0, or the moment is of other inputs.
     """
     if not lam > 0:
         raise ValueError(f"lam must be greater than 0, got {lam}")
+    groups = len(moment) if moment.ndim == 3 else 1
+    n = gradient[0].numel()
+    if moment.shape[-2:] != (n, n) or moment.ndim not in (2, 3) or len(gradient) % groups:
+        raise ValueError(
+            f"the moment of a gradient {tuple(gradient.shape)} is ({n}, {n}), or that for each group of its rows, not "
+            f"{tuple(moment.shape)}"
+        )
     result, _ = solved(gradient, moment, lam)
     return result
 
@@ -94,6 +106,19 @@ def solved(gradient: Tensor, moment: Tensor, lam: float) -> tuple[Tensor, Tensor
     return torch.empty_like(gradient).copy_(torch.where(good, solved, gradient.to(precision))), good
 
 
+def _check_input(x: Tensor, layer: Any) -> None:
+    kind, shape = type(layer).__name__, tuple(x.shape)
+    if isinstance(layer, nn.Linear):
+        if x.ndim < 1 or shape[-1] != layer.in_features:
+            raise ValueError(f"this {kind} takes (..., {layer.in_features}), not {shape}")
+        return
+    ndim = layer.weight.ndim
+    if x.ndim not in (ndim - 1, ndim) or shape[1 - ndim] != layer.in_channels:
+        raise ValueError(
+            f"this {kind} takes {layer.in_channels} channels and {ndim - 2} axes of space, not {shape}"
+        )
+
+
 def _of_convolution(x: Tensor, layer: Any) -> tuple[Tensor, int]:
     x = _padded(x if x.ndim == layer.weight.ndim else x[None], layer)
     # Weight, stride and padding may have been set after the layer was made; torch goes by what they are now.
@@ -101,8 +126,10 @@ def _of_convolution(x: Tensor, layer: Any) -> tuple[Tensor, int]:
     stride, dilation = _per_axis(layer.stride, len(kernel)), _per_axis(layer.dilation, len(kernel))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     places = [(size - span) // s + 1 for size, span, s in zip(x.shape[2:], reach, stride, strict=True)]
-    if min(places) < 1:  # too small an image: the layer says so
-        return x.new_zeros(groups, *2 * [x.shape[1] // groups * _product(kernel)]), 0
+    if min(places) < 1:
+        raise ValueError(
+            f"inputs of {tuple(x.shape[2:])}, with padding, are smaller than a patch of {tuple(reach)}"
+        )
     batch, channels, *steps = x.stride()
     within = [d * step for d, step in zip(dilation, steps, strict=True)]
     between = [s * step for s, step in zip(stride, steps, strict=True)]

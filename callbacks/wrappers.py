@@ -42,11 +42,15 @@ def unwrap_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
     """The torch optimizers below accelerate's and Lightning's wrappers, each once; None gives none.
 
     Raises:
-        AttachError: for an object whose updates torch's optimizer hooks do not report.
+        AttachError: for an object whose updates torch's optimizer hooks do not report, or none in a list.
     """
     if optimizer is None:
         return ()
     several = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
+    if not several:
+        raise AttachError(
+            "the list of optimizers is empty: give the model's, or None where the loop calls attached.step()"
+        )
     return tuple(dict.fromkeys(_unwrap_optimizer(each) for each in several))
 
 

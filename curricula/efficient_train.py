@@ -83,6 +83,8 @@ class EfficientTrain(Callback):
             raise ValueError(f"op must be one of {', '.join(OPS)}, or a function, not {op!r}")
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup must be a share of the schedule, at least 0 and below 1, not {warmup}")
+        if multiple < 1:
+            raise ValueError(f"multiple must be at least 1, got {multiple}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.schedule, self.op = schedule, op

@@ -149,7 +149,7 @@ class EvolvedNormAct2d(nn.Module):
         sync: statistics over the batch are those of all processes.
 
     Raises:
-        ValueError: no groups.
+        ValueError: no groups, or no channels.
     """
 
     def __init__(
@@ -163,8 +163,9 @@ class EvolvedNormAct2d(nn.Module):
         sync: bool = False,
     ) -> None:
         super().__init__()
-        if groups < 1:
-            raise ValueError(f"groups must be at least 1, got {groups}")
+        for name, value in (("groups", groups), ("num_features", num_features)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.genome, self.num_features, self.apply_act = genome, num_features, apply_act
         self.groups = max(d for d in range(1, min(groups, num_features) + 1) if num_features % d == 0)
         self.weight = nn.Parameter(torch.ones(num_features))

@@ -31,11 +31,12 @@ def evo_norm(
         num_features: C.
         apply_act: False for a place without activation: scale and shift alone are left, except by the "a" kinds.
         groups: at most so many, of the S series: the largest number that divides C.
-        **kwargs: timm's, such as `eps` or `momentum`.
+        **kwargs: timm's: `eps`; of the B series `momentum`, the weight of the newest batch in the running variance.
 
     Raises:
-        ValueError: an unknown kind, or no groups. On calling, images that are not 4-D; in training, a B layer that
-            gets one value per channel.
+        TypeError: an argument that the kind does not have.
+        ValueError: an unknown kind, no groups, or no channels. On calling, images that are not 4-D; in training, a B
+            layer that gets one value per channel.
     """
     from leaven.callbacks.evonorm.layers import build  # imports timm
 
@@ -61,6 +62,8 @@ def evolved_norm(genome: Genome, num_features: int, **kwargs: Any) -> nn.Module:
 class EvoNorm(Callback):
     """Puts EvoNorm layers where a network has BatchNorm and its activation.
 
+    Where no activation follows a BatchNorm directly, scale and shift alone are left of it. A network that has no other
+    places is refused, and one that has few is warned of, see `replace_norm_act`.
     Done once, when it is attached. Weights and biases stay those of the BatchNorm, so that the optimizer stays valid;
     it gets the new parameters, too. What was replaced is the network from then on: `Attached.remove` takes it back
     only before the first update. A checkpoint holds EvoNorm's layers: attach before you load one.
@@ -78,8 +81,8 @@ class EvoNorm(Callback):
         report: after attaching, what was replaced and what was not, and why.
 
     Raises:
-        ValueError: see `evo_norm`.
-        AttachError: on attaching, the model does not run.
+        TypeError, ValueError: see `evo_norm`.
+        AttachError: on attaching, the model does not run, or nothing of it would be normalised.
     """
 
     order = 10

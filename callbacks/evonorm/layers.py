@@ -1,5 +1,6 @@
 """timm's EvoNorm layers, made to refuse or to compute exactly where they would break off or overflow."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -75,12 +76,22 @@ KINDS: dict[str, type[nn.Module]] = {
 }
 
 
+# Arguments of timm's that are ours.
+_OURS = ("num_features", "groups", "apply_act")
+
+
 def build(kind: str, num_features: int, groups: int, apply_act: bool, **kwargs: Any) -> nn.Module:
     """See `leaven.callbacks.evo_norm`."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    if groups < 1:
-        raise ValueError(f"groups must be at least 1, got {groups}")
+    for name, value in (("groups", groups), ("num_features", num_features)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    # timm's layers take any argument, and leave it.
+    taken = signature(KINDS[kind]).parameters.values()
+    known = [p.name for p in taken if p.kind is not p.VAR_KEYWORD and p.name not in _OURS]
+    if odd := [name for name in kwargs if name not in known]:
+        raise TypeError(f"EvoNorm-{kind} has no argument {odd[0]!r}; it has groups, {', '.join(known)}")
     if kind.startswith("s"):
         kwargs["groups"] = max(d for d in range(1, min(groups, num_features) + 1) if num_features % d == 0)
     return KINDS[kind](num_features, apply_act=apply_act, **kwargs)

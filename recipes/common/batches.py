@@ -133,7 +133,7 @@ def put_evonorm(backbone: nn.Module, kind: str) -> None:
         UserError: none can be replaced.
     """
     with warnings.catch_warnings(), user_errors(NoEffectWarning, ValueError):
-        warnings.simplefilter("error", NoEffectWarning)
+        warnings.filterwarnings("error", "no layer of", NoEffectWarning)
         replace_norm_act(backbone, partial(evo_norm, kind))
 
 

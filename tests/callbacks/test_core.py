@@ -306,6 +306,9 @@ def test_updates_says_what_it_lacks() -> None:
         updates(iter(range(3)), epochs=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 batches for 2 processes in 1 epochs: there would be no update"):
         updates(loader(4, batch_size=4, drop_last=True), epochs=1, world_size=2)
+    for how in ({"accumulation": 0}, {"world_size": 0}):
+        with pytest.raises(ValueError, match=r"^accumulation and world_size must be at least 1, not .*=0"):
+            updates(range(3), epochs=2, **how)
 
 
 # --- who gets what, in which order --------------------------------------------------------------------------
@@ -388,7 +391,7 @@ def test_an_objective_refuses_a_slot_in_one_line() -> None:
         (lambda m, o: attach(m, o, m, total_steps=9), "a TinyNet is no callback"),
         (lambda m, o: attach(ScaleInput(), m, total_steps=9), "the first is a module, not a ScaleInput"),
         (lambda m, o: attach(ScaleInput, m, total_steps=9), "the first is a module, not the class ScaleInput"),
-        (lambda m, o: attach(o, m, ScaleInput(), total_steps=9), "the first is a module, not a SGD"),
+        (lambda m, o: attach(o, m, ScaleInput(), total_steps=9), "the first is a module, not an SGD"),
         (lambda m, o: attach(m, ScaleInput(), total_steps=9), "the second is .* or None .*, not a ScaleInput"),
         (lambda m, o: attach(m, m, ScaleInput(), total_steps=9), "the second is .*, not a TinyNet"),
     ],
@@ -472,6 +475,49 @@ def test_a_callback_can_be_attached_again() -> None:
         with attach(model, optimizer, recorder, total_steps=9):
             optimizer.step()
     assert recorder.steps == [1, 1]
+
+
+def test_a_callback_that_is_attached_is_not_attached_again() -> None:
+    model, optimizer = pair()
+    recorder = Recorder()
+    with attach(model, optimizer, recorder, total_steps=9):
+        for net, its in ((model, optimizer), pair()):
+            with pytest.raises(AttachError, match=r"^this Recorder is attached already.*\.remove\(\)"):
+                attach(net, its, recorder, total_steps=9)
+        optimizer.step()
+    assert recorder.steps == [1]
+    assert recorder.model is model
+
+
+class Careless(Callback):
+    """Its setup returns what it is told to, after it has hooked into the model as it is told to."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def setup(self, model: nn.Module, *_: object) -> Any:
+        if self.how == "return handle":
+            return model.register_forward_hook(lambda *_: None)
+        return self.giving(model) if self.how == "yield None" else None
+
+    def giving(self, model: nn.Module) -> Iterator[Any]:
+        yield model.register_forward_hook(lambda *_: None)
+        yield None
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("return", "it returned None"),
+        ("return handle", "it returned a RemovableHandle"),
+        ("yield None", r"it gave None, without \.remove\(\)"),
+    ],
+)
+def test_a_setup_that_gives_no_handles_is_named_and_leaves_nothing(how: str, line: str) -> None:
+    model, optimizer = pair()
+    with pytest.raises(TypeError, match=f"^Careless.setup must yield a handle for each .*: {line}$"):
+        attach(model, optimizer, Recorder(), Careless(how), total_steps=9)
+    assert hook_count(model, optimizer) == 0
 
 
 def test_paused_turns_hooks_and_updates_off_but_counts() -> None:
@@ -715,7 +761,7 @@ def test_map_images_takes_the_first_images_and_nothing_else() -> None:
     args, kwargs = map_images(torch.neg, (mask,), {"mask": mask, "x": images, "y": images})
     assert torch.equal(kwargs["x"], -images)
     assert kwargs["y"] is images
-    with pytest.raises(TypeError, match="called without images"):
+    with pytest.raises(TypeError, match=r"called without images.*attach to the part of the model"):
         map_images(torch.neg, (mask,), {"labels": torch.ones(2)})
 
 
@@ -819,7 +865,13 @@ def test_what_is_no_state_is_refused_in_one_line() -> None:
     model, optimizer = pair()
     attached = attach(model, optimizer, Keeps("a", 5), total_steps=9)
     state = attached.state_dict()
-    for wrong in ({}, model.state_dict(), state | {"progress": {"step": 3}}, state | {"callbacks": None}):
+    for wrong in (
+        None,
+        {},
+        model.state_dict(),
+        state | {"progress": {"step": 3}},
+        state | {"callbacks": None},
+    ):
         with pytest.raises(
             ValueError, match=r"^this is no state of attached callbacks.*attached.state_dict\(\)"
         ):
@@ -1007,3 +1059,8 @@ def test_an_optimizer_of_another_model_is_reported() -> None:
         pytest.warns(NoEffectWarning, match="^SGD updates no parameter of the TinyNet"),
     ):
         train_step(other, optimizer, 0)
+
+
+def test_no_optimizer_in_a_list_is_refused() -> None:
+    with pytest.raises(AttachError, match=r"^the list of optimizers is empty: .*or None where"):
+        attach(TinyNet(), [], Recorder(), total_steps=9)

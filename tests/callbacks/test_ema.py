@@ -20,7 +20,7 @@ from callback_toys import (
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from leaven.callbacks import EMA, attach
+from leaven.callbacks import EMA, AttachError, attach
 
 
 def pair() -> tuple[TinyNet, AdamW]:
@@ -217,8 +217,9 @@ def test_two_averages_side_by_side() -> None:
 
 
 def test_what_does_not_fit_is_said_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"between 0 and 1, not 1\.5"):
-        EMA(decay=1.5)
+    for wrong in (1.5, float("nan"), "0.9"):
+        with pytest.raises(ValueError, match=f"between 0 and 1, not {wrong!r}"):
+            EMA(decay=wrong)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"EMA has no weights yet: attach it"):
         EMA().module  # noqa: B018
     model, optimizer = pair()
@@ -250,7 +251,7 @@ def test_the_weights_outlive_removal() -> None:
 
 
 def test_a_head_replaced_after_attach_is_named() -> None:
-    for head in (nn.Linear(4, 7), nn.Identity()):
+    for head in (nn.Linear(4, 7), nn.Identity(), nn.Linear(4, 3)):  # the last one has the same shapes
         model, optimizer = pair()
         attached = attach(model, optimizer, EMA(), total_steps=9)
         model.head = head
@@ -259,3 +260,10 @@ def test_a_head_replaced_after_attach_is_named() -> None:
         ):
             train_step(model, optimizer, 0) if isinstance(head, nn.Linear) else optimizer.step()
         attached.remove()
+
+
+def test_a_model_that_cannot_be_copied_is_named() -> None:
+    model, optimizer = pair()
+    model.stream = (each for each in ())  # type: ignore[assignment]
+    with pytest.raises(AttachError, match=r"^EMA averages a copy of TinyNet.*'generator'.*__getstate__"):
+        attach(model, optimizer, EMA(), total_steps=9)

@@ -179,6 +179,18 @@ def test_what_a_layer_refuses() -> None:
         EvoNorm("relu")
     with pytest.raises(ValueError, match="groups must be at least 1"):
         EvoNorm(groups=0)
+    with pytest.raises(ValueError, match="num_features must be at least 1, got 0"):
+        evo_norm("s0", 0)
+    for kind, wrong, there in (
+        ("s0", "group", "eps"),
+        ("s0", "momentum", "eps"),
+        ("b0", "foo", "momentum, eps"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"EvoNorm-{kind} has no argument '{wrong}'; it has groups, .*{there}"
+        ):
+            EvoNorm(kind, **{wrong: 3})
+    assert evo_norm("b0", 8, eps=0.5, momentum=0.25).eps == 0.5
     with pytest.raises(ValueError, match=r"EvoNormS0 takes images \(B, C, H, W\), not \(3, 6\)"):
         layer_of("s0")(torch.ones(3, 6))
     for kind in B:
@@ -509,6 +521,91 @@ def test_a_network_that_takes_keywords_alone_gets_an_example_of_them() -> None:
     attach(net, None, callback, total_steps=1)
     assert [site.activation for site in callback.report.replaced] == ["act"]
     assert net(pixel_values=x).shape == (2, 3)
+
+
+def far_apart(*between: nn.Module, pairs: int = 0) -> nn.Sequential:
+    """Four BatchNorms, so many with a ReLU directly behind them, the others with something in between."""
+    parts = [
+        part
+        for i in range(4)
+        for part in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), *(between if i >= pairs else (nn.ReLU(),)))
+    ]
+    return nn.Sequential(*parts)
+
+
+@pytest.mark.parametrize(
+    "between", [(nn.MaxPool2d(1), nn.ReLU()), (nn.Dropout(0.1), nn.ReLU()), (nn.Sigmoid(),), ()]
+)
+def test_a_network_that_would_lose_its_normalisation_is_refused(between: tuple[nn.Module, ...]) -> None:
+    model, x = far_apart(*between), torch.randn(2, 3, 8, 8)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    own, modules = outputs(model, x), list(model)
+    line = "none of the 4 BatchNorm layers of Sequential .* nothing would be normalised.*s0a"
+    with pytest.raises(ValueError, match=f"^{line}"):
+        replace_norm_act(model, partial(evo_norm, "b0"))
+    with pytest.raises(AttachError, match=f"^EvoNorm: {line}"):
+        attach(model, optimizer, EvoNorm(), total_steps=1)
+    assert all(a is b for a, b in zip(model, modules, strict=True))
+    assert all(map(torch.equal, outputs(model, x), own))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = replace_norm_act(model, partial(evo_norm, "s0a"))  # which divides all the same
+    assert report.summary() == ["4 of 4 BatchNorm layers replaced"]
+
+
+def test_a_network_that_loses_most_of_its_normalisation_is_warned_of() -> None:
+    line = r"^3 of the 4 BatchNorm layers of Sequential that were replaced .*scale and shift alone"
+    with pytest.warns(NoEffectWarning, match=line):
+        report = replace_norm_act(far_apart(pairs=1), partial(evo_norm, "s0"))
+    assert [site.bare for site in report.sites] == [False, True, True, True]
+    said = "4 of 4 BatchNorm layers replaced, 3 by scale and shift alone, for no activation follows"
+    assert report.summary() == [said]
+    assert str(report).endswith(said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(replace_norm_act(far_apart(pairs=2), partial(evo_norm, "s0")).bare) == 2
+
+
+class DistributedDataParallel(nn.Module):
+    """By its name, as DDP is known."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+def test_a_wrapped_network_is_refused() -> None:
+    net = TinyNet()
+    with pytest.raises(ValueError, match=r"TinyNet would change: .* before it is wrapped in DistributedData"):
+        replace_norm_act(DistributedDataParallel(net), partial(evo_norm, "s0"))
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="eager")
+    compiled(torch.randn(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"cannot replace layers of TinyNet: torch\.compile has already"):
+        replace_norm_act(compiled, partial(evo_norm, "s0"))  # type: ignore[arg-type]
+    torch.compiler.reset()
+    assert type(net.norm) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_new_parameters_have_names_where_the_optimizer_keeps_them(affine: bool) -> None:
+    whole = nn.ModuleDict({"net": TinyNet()})
+    whole.net.norm = nn.BatchNorm2d(4, affine=affine)
+    optimizer = AdamW(whole.named_parameters())
+    (group,) = optimizer.param_groups
+    before = list(group["param_names"])
+    report = replace_norm_act(whole.net, partial(evo_norm, "s0"), optimizers=[optimizer])
+    own = {id(p): name for name, p in whole.named_parameters()}
+    if affine:
+        assert group["param_names"] == [own[id(p)] for p in group["params"]]
+        assert group["param_names"][-1] == "net.norm.v"
+    assert len(group["param_names"]) == len(group["params"])
+    report.undo()
+    assert group["param_names"] == before
+    assert len(group["params"]) == len(before)
 
 
 # --- the callback -----------------------------------------------------------------------------------------------------

@@ -157,6 +157,52 @@ def test_lightning_accumulates_and_says_what_it_cannot_find() -> None:
         trainer.fit(module_of(pl, Classifier()), loader())
 
 
+def test_lightning_operates_for_a_validation_too_and_once(tmp_path: Path) -> None:
+    pl = needs("lightning.pytorch")
+    from leaven.callbacks.lightning import AsLightning
+
+    def module() -> Any:
+        made = module_of(pl, Classifier())
+        type(made).validation_step = lambda self, rows, index: self.log(
+            "sum", self.net(rows["pixel_values"]).sum()
+        )
+        return made
+
+    def trainer(adapter: Any) -> Any:
+        return lightning(pl, 1, adapter, enable_checkpointing=False)
+
+    first, fitted = trainer(AsLightning(EvoNorm(), EMA(), model="net")), module()
+    first.fit(fitted, loader())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    expected = first.validate(fitted, loader(), verbose=False)
+    adapter = AsLightning(EvoNorm(), EMA(), model="net")
+    second = trainer(adapter)
+    for net in (fitted, module(), module()):  # the first one has its layers
+        found = second.validate(net, loader(), tmp_path / "last.ckpt", verbose=False, weights_only=False)
+        assert found == expected
+        assert type(net.net.norm).__name__ == "EvoNormS0"
+    second.fit(module(), loader())
+    assert adapter.attached.progress.step == BATCHES  # and not what the validation has loaded
+
+
+def test_adapters_say_what_they_take() -> None:
+    needs("lightning.pytorch")
+    needs("transformers")
+    from leaven.callbacks.hf import AsTrainerCallback
+    from leaven.callbacks.lightning import AsLightning
+
+    for adapter in (AsLightning, AsTrainerCallback):
+        name = adapter.__name__
+        with pytest.raises(TypeError, match=f"^{name} takes one callback at least"):
+            adapter()
+        with pytest.raises(
+            TypeError, match=rf"^{name}\(\*callbacks\) takes callbacks, not their classes: TrAct\("
+        ):
+            adapter(TrAct)
+        with pytest.raises(TypeError, match="takes callbacks one by one, not a list"):
+            adapter([EMA()])
+
+
 def hf(out: Path, model: Classifier, adapter: Any, **how: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 

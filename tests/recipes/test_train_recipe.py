@@ -110,6 +110,24 @@ def test_an_evonorm_that_finds_nothing_to_replace_is_refused(complaint: Callable
     assert "--callbacks evonorm_s0: 0 of 0 BatchNorm layers replaced; leave it out" in line
 
 
+def test_a_network_of_which_evonorm_normalises_little_can_be_rebuilt() -> None:
+    """It was trained under the same warning. One of which nothing is normalised was not trained."""
+    from leaven.callbacks import NoEffectWarning
+    from leaven.recipes.common.batches import put_evonorm
+    from leaven.recipes.common.flags import UserError
+
+    norm, conv = (lambda: nn.BatchNorm2d(3)), (lambda: nn.Conv2d(3, 3, 1))
+    network = nn.Sequential(norm(), nn.ReLU(), *(part() for _ in range(3) for part in (conv, norm)))
+    with pytest.warns(NoEffectWarning, match="3 of the 4 BatchNorm layers"):
+        put_evonorm(network, "s0")
+    for plain, line in (
+        (nn.Sequential(conv(), norm()), "none of the 1 BatchNorm layers"),
+        (nn.Sequential(conv()), "no layer of Sequential was replaced"),
+    ):
+        with pytest.raises(UserError, match=line):
+            put_evonorm(plain, "s0")
+
+
 def test_which_class_has_which_number(train: Main) -> None:
     folder = train("out")
     assert json.loads(metadata(folder / "backbone.safetensors")["classes"]) == list("0123456789")
