@@ -458,7 +458,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(x))
         return patch_second_moment(x, layer)
 
-    monkeypatch.setattr(sys.modules[TrAct.__module__], "patch_second_moment", count)
+    monkeypatch.setattr(sys.modules["leaven.callbacks.first_layer"], "patch_second_moment", count)
     return calls
 
 
