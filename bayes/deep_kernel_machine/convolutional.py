@@ -87,12 +87,14 @@ def mean_over_positions(grams: Grams, chol: Tensor) -> Grams:
 def unit_norm(grams: Grams) -> Grams:
     """Every point's features divided by their norm, as LayerNorm does in a network of infinite width.
 
+    A point at the origin, such as a patch of a black border, stays there.
+
     Args:
         grams: `ii` (P, P), `ti` (..., P), `t` (...).
     """
     least = torch.finfo(grams.t.dtype).tiny
-    own = grams.ii.diagonal().clamp_min(least).sqrt()
-    norms = grams.t.clamp_min(least).sqrt()
+    # Of a point at the origin 1 and no tiny number: its gradient would be infinite in float32.
+    own, norms = (torch.where(d > least, d, 1.0).sqrt() for d in (grams.ii.diagonal(), grams.t))
     return Grams(
         grams.ii / own / own.unsqueeze(1), grams.ti / own / norms.unsqueeze(-1), grams.t / norms.square()
     )

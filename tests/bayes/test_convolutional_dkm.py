@@ -111,6 +111,16 @@ def test_unit_norm_is_that_of_features() -> None:
     same(unit_norm(of_features(inducing, maps)), expected)
 
 
+def test_a_black_patch_as_inducing_patch_can_be_learnt() -> None:
+    images = torch.rand(6, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    images[:, :, :3] = 0
+    made = machine(images).float()
+    with torch.no_grad():
+        made.inducing[2] = 0
+    made.loss(images, torch.arange(6) % 3, 6).backward()
+    assert all(torch.isfinite(p.grad).all() for p in made.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_inducing_points_that_are_positions_have_their_rows(kernel: Any, norm: bool) -> None:
