@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,7 +144,7 @@ def auroc(inside: Values, outside: Values) -> float:
     """
     from sklearn.metrics import roc_auc_score
 
-    known, other = (torch.as_tensor(each).detach().double().cpu() for each in (inside, outside))
+    known, other = (_tensor(each).detach().double().cpu() for each in (inside, outside))
     if known.ndim != 1 or other.ndim != 1 or not len(known) or not len(other):
         raise ValueError(
             f"scores (N,) and (M,) are needed, not {tuple(known.shape)} and {tuple(other.shape)}"
@@ -188,9 +189,15 @@ def reliability_plot(
     return figure
 
 
+def _tensor(values: Values) -> Tensor:
+    """As they are; of lists in float64, as Python's numbers are, where torch would round to float32."""
+    kept = isinstance(values, Tensor | np.ndarray)
+    return torch.as_tensor(values) if kept else torch.as_tensor(values, dtype=torch.float64)
+
+
 def _checked(probs: Values, labels: Values) -> tuple[Tensor, Tensor]:
     """Probabilities in float64 and labels beside them, as tensors."""
-    probs = torch.as_tensor(probs)
+    probs = _tensor(probs)
     labels = torch.as_tensor(labels).to(probs.device)
     if probs.ndim != 2 or labels.shape != probs.shape[:1] or len(labels) == 0:
         raise ValueError(

@@ -91,6 +91,11 @@ def test_arrays_and_lists_give_the_same_scores() -> None:
             auroc(*wrong)
 
 
+def test_lists_are_not_rounded_to_float32() -> None:
+    assert auroc([1 - 2e-9, 1 - 1e-9], [1 - 2e-10, 1 - 1e-10]) == 1  # in float32 all of them are 1
+    assert nll([[1e-50, 1.0]], [0]) == pytest.approx(50 * math.log(10))
+
+
 def test_wrong_input() -> None:
     probs, labels = forecasts(10)
     for a, b, message in (
