@@ -119,7 +119,9 @@ def expected_calibration_error(
         raise ValueError(f"bins must be at least 1, got {bins}")
     confidence, guess = probs.max(1)
     right = (guess == labels).double()
-    which = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
+    # By the bounds that are told, and not by confidence * bins, which rounding may lift over a whole number.
+    bounds = torch.tensor([i / bins for i in range(1, bins)], dtype=torch.float64, device=confidence.device)
+    which = torch.bucketize(confidence, bounds)
     found = []
     for i in range(bins):
         inside = which == i

@@ -44,6 +44,14 @@ def test_the_calibration_error_by_hand() -> None:
     assert math.isnan(bins[0].accuracy)
 
 
+def test_a_confidence_on_a_bound_is_in_the_bin_below() -> None:
+    for bins in (10, 15, 25, 50):
+        for i in range(bins // 2 + 1, bins + 1):
+            probs = torch.tensor([[i / bins, 1 - i / bins]], dtype=torch.float64)
+            _, found = expected_calibration_error(probs, [0], bins)
+            assert [each.images for each in found].index(1) == i - 1
+
+
 def test_what_is_calibrated_scores_near_zero_and_what_is_sure_of_itself_does_not() -> None:
     probs, labels = forecasts(40_000)
     fair, sure = calibration(probs, labels), calibration((3 * probs.log()).softmax(1), labels)
