@@ -67,7 +67,8 @@ class Denoiser(nn.Module):
             abar_then = 1.0 if then is None else float(self.schedule.alphas_cumprod[then])
             noise = self.predict(x, torch.full((len(x),), now, device=device))
             guess = ((x - (1 - abar) ** 0.5 * noise) / abar**0.5).clamp(-1, 1)
-            noise = (x - abar**0.5 * guess) / (1 - abar) ** 0.5
+            # A schedule may leave the image whole at t = 0: what is left there is no noise.
+            noise = (x - abar**0.5 * guess) / max((1 - abar) ** 0.5, 1e-6)
             x = abar_then**0.5 * guess + (1 - abar_then) ** 0.5 * noise
         return x
 

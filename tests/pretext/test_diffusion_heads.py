@@ -301,6 +301,14 @@ def test_samples_have_the_distribution_of_the_data() -> None:
     assert float(drawn.std()) == pytest.approx(0.15, rel=0.05)
 
 
+def test_a_schedule_may_leave_the_image_whole_at_the_first_time() -> None:
+    schedule = Schedule(torch.linspace(1, 1e-3, 100, dtype=torch.float64))
+    drawn = Denoiser(Gaussian(schedule), schedule).sample(
+        (2, 1, 16, 16), 50, torch.Generator().manual_seed(1)
+    )
+    assert float(drawn.mean()) == pytest.approx(0.2, abs=0.03)
+
+
 def test_a_draw_depends_on_its_generator_alone(tmp_path: Path) -> None:
     denoiser = Denoiser(UNet(1, width=32, multipliers=(1, 2)))
     x = randn(4, 1, 8, 8)
