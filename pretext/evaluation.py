@@ -194,7 +194,9 @@ def few_label_probe(
 
 def _standardised(x: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both by the mean and standard deviation of the first, feature by feature."""
-    mean, std = x.mean(0), x.std(0)
+    # Sums in float64: numpy's along the first axis lose a digit in float32 for every ten times as many images.
+    mean = x.mean(0, dtype=np.float64).astype(x.dtype)
+    std = np.sqrt(np.square(x - mean).mean(0, dtype=np.float64)).astype(x.dtype)
     std[std <= 1e-6 * np.abs(mean)] = 1.0  # constant but for rounding, which would be blown up to noise
     return (x - mean) / std, (queries - mean) / std
 

@@ -173,6 +173,22 @@ def test_linear_probe_chooses_its_penalty_on_the_held_out_part_and_refits_on_all
     assert max(regret) > 0.002  # choosing on the test set would have been seen
 
 
+def test_a_constant_feature_of_many_images_is_one() -> None:
+    train_x, train_y = blobs(3000)
+    test_x, test_y = blobs(400, seed=1)
+    expected = linear_probe(train_x, train_y, test_x, test_y)
+    constant = torch.full((3000, 1), 0.1)
+    found = linear_probe(
+        torch.cat([train_x, constant], 1), train_y, torch.cat([test_x, constant[:400] + 0.5], 1), test_y
+    )
+    assert found == expected
+    # A large mean does not hide a small spread.
+    x = 100 + torch.randn(100_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 1000
+    (scaled, _) = evaluation._standardised(x.float().numpy(), x[:1].float().numpy())
+    assert scaled.std(dtype=np.float64) == pytest.approx(1, abs=1e-3)
+    assert x.float().double().std() == pytest.approx(1e-3, rel=0.01)
+
+
 def test_linear_probe_is_deterministic_and_ignores_constant_features() -> None:
     train_x, train_y = blobs(150, spread=2.0)
     test_x, test_y = blobs(150, spread=2.0, seed=1)
