@@ -16,15 +16,16 @@ class _ArcCosine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cosine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine)  # and not the angle, which second derivatives would take as a constant
         cosine = cosine.clamp(-1, 1)
-        angle = cosine.acos()
-        ctx.save_for_backward(angle)
-        total: Tensor = (1 - cosine.square()).sqrt() + (math.pi - angle) * cosine
+        total: Tensor = (1 - cosine.square()).sqrt() + (math.pi - cosine.acos()) * cosine
         return total / math.pi
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        angle: Tensor = ctx.saved_tensors[0]
+        cosine: Tensor = ctx.saved_tensors[0]
+        inside = cosine.abs() < 1  # elsewhere acos has no finite derivative
+        angle = torch.where(inside, torch.where(inside, cosine, 0.0).acos(), math.pi * (cosine < 0).to(cosine))
         return gradients[0] * (1 - angle / math.pi)
 
 

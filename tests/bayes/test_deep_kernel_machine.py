@@ -291,6 +291,19 @@ def test_the_arccos_kernel_is_that_of_relu_features() -> None:
     torch.testing.assert_close(found.diagonal(), norms, rtol=0, atol=1e-12)
 
 
+def test_second_derivatives_of_kernels() -> None:
+    x, other = randn(3, 4).requires_grad_(), randn(2, 4, seed=1)
+
+    def product(x: Tensor) -> Tensor:
+        return kernel.cross(x @ other.T, x.square().sum(1), other.square().sum(1))
+
+    for kernel in KERNELS.values():
+        assert torch.autograd.gradgradcheck(product, (x,))
+        (slope,) = torch.autograd.grad(kernel.square(x @ x.T).square().sum(), x, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.sum(), x)
+        assert torch.isfinite(curvature).all()
+
+
 def test_kernels_of_a_point_at_the_origin_and_of_twins_are_finite() -> None:
     x = torch.stack([torch.zeros(3), torch.ones(3), torch.ones(3)]).double().requires_grad_()
     for kernel in KERNELS.values():
