@@ -81,7 +81,8 @@ class FeatureCache(Mapping[Cell, Tensor]):
     """
 
     def __init__(self, folder: str | os.PathLike[str], features: DiffusionFeatures | None = None) -> None:
-        paths = sorted(Path(folder).glob("[0-9]*.safetensors"))
+        # By number: by name, 100000 comes before 99999.
+        paths = sorted(Path(folder).glob("[0-9]*.safetensors"), key=lambda path: int(path.stem))
         if not paths:
             raise FileNotFoundError(f"no cached features in {folder}: write_features makes them")
         self._files: list[Any] = [open_shard(path) for path in paths]

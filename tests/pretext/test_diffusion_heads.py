@@ -229,6 +229,14 @@ def test_writing_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(cut_one[cell], whole[cell]) for cell in whole)
 
 
+def test_more_files_than_five_digits_count_stay_in_order(tmp_path: Path) -> None:
+    x, features = randn(7, 1, 8, 8), extractor()
+    write_features(tmp_path, features, batches(x), 7)
+    for number in (2, 1, 0):
+        (tmp_path / f"{number:05}.safetensors").rename(tmp_path / f"{number + 99_998:05}.safetensors")
+    assert FeatureCache(tmp_path).labels.tolist() == [0, 1, 2, 3, 0, 1, 2]
+
+
 def test_another_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, features = randn(7, 1, 8, 8), extractor()
     write_features(tmp_path, features, batches(x), 7)
