@@ -339,7 +339,8 @@ def head(
     """Top-1 of a head that is trained on the standardised maps of a cell, and written to `path`."""
     (train, y), (val, y_val) = parts["train"], parts["val"]
     maps = train[cell][chosen]
-    mean, std = maps.mean(0), maps.std(0).clamp_min(1e-6)
+    mean, std = maps.mean(0), maps.std(0)
+    std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)  # as the probes: constant ones are not scaled up
     torch.manual_seed(settings.seed)
     made_with: dict[str, Any] = {"kind": settings.head, "channels": maps.shape[1], "side": maps.shape[2]}
     made_with["classes"] = classes

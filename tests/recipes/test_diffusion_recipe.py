@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from recipe_programs import DIFFUSION, refusal
 
 from leaven.backbones import load
-from leaven.pretext.diffusion import UNet, make_head
+from leaven.pretext.diffusion import Cell, UNet, make_head
 from leaven.recipes.common.dry_run import noise
 
 Recipe = Callable[[Path], ModuleType]
@@ -64,6 +64,18 @@ def test_it_trains_and_its_weights_are_read_again(recipe: Recipe, capsys: pytest
     module.main([*QUICK, "--model", "out", "--output-dir", "again"])
     assert results("again")[1]["top1"] == results("out")[1]["top1"]
     assert results("again")[1]["grid"] == results("out")[1]["grid"]
+
+
+def test_a_head_bears_a_number_that_is_constant_in_training_alone(recipe: Recipe, tmp_path: Path) -> None:
+    cell, y = Cell(20, "block", 1), torch.arange(200) % 2
+    maps = (2.0 * y - 1).view(-1, 1, 1, 1) + torch.zeros(200, 2, 1, 1)
+    maps[:, 1] = 0  # a dead unit, which a few held-out images wake
+    waking = maps.clone()
+    waking[:100, 1] = 0.01
+    settings = SimpleNamespace(head="linear", head_steps=1500, seed=0)
+    parts = {"train": ({cell: maps}, y), "val": ({cell: waking}, y)}
+    top1 = recipe(DIFFUSION).head(settings, parts, cell, torch.arange(200), 2, tmp_path / "head.pt")
+    assert top1 == 1
 
 
 @pytest.mark.slow
