@@ -25,7 +25,9 @@ class _ArcCosine(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         cosine: Tensor = ctx.saved_tensors[0]
         inside = cosine.abs() < 1  # elsewhere acos has no finite derivative
-        angle = torch.where(inside, torch.where(inside, cosine, 0.0).acos(), math.pi * (cosine < 0).to(cosine))
+        angle = torch.where(
+            inside, torch.where(inside, cosine, 0.0).acos(), math.pi * (cosine < 0).to(cosine)
+        )
         return gradients[0] * (1 - angle / math.pi)
 
 
