@@ -78,8 +78,10 @@ def pixels(data: str, places: dict[str, str], work: Path) -> Path:
     return cache
 
 
-def features(kind: str, weights: str, x: Tensor, moments: Tensor, seed: int) -> dict[Cell, Tensor]:
-    """Maps of images in [0, 1] by cell."""
+def features(
+    kind: str, weights: str, x: Tensor, moments: Tensor, seed: int, first: int = 0
+) -> dict[Cell, Tensor]:
+    """Maps of images in [0, 1] by cell; the first one's index, for the noise."""
     if kind == "pixels":
         return {Cell("clean", "pixels", None): x}
     if kind in ("denoiser", "untrained"):
@@ -88,7 +90,7 @@ def features(kind: str, weights: str, x: Tensor, moments: Tensor, seed: int) -> 
         extract = DiffusionFeatures(
             net, Schedule.linear(), timesteps=TIMES, pool=POOLS, include_clean=True, seed=seed
         )
-        pairs = zip(x.split(500), torch.arange(len(x)).split(500), strict=True)
+        pairs = zip(x.split(500), torch.arange(first, first + len(x)).split(500), strict=True)
         parts = [extract(2 * part - 1, indices) for part, indices in pairs]
         return {cell: torch.cat([part.pop(cell) for part in parts]) for cell in extract.cells}
     mean, std = moments.view(2, 1, 3, 1, 1)
@@ -113,8 +115,8 @@ def trial(caches: dict[str, str], work: str, data: str, kind: str, seed: int) ->
     run = training(data, "denoiser" if kind in ("pixels", "untrained") else kind, seed)
     weights = str(Path(work) / run.name / "backbone.safetensors")
     parts = {
-        name: (features(kind, weights, pictures, moments, seed), labels)
-        for name, pictures, labels in (("train", x, y), ("val", x_val, y_val))
+        name: (features(kind, weights, pictures, moments, seed, first), labels)
+        for name, pictures, labels, first in (("train", x, y, 0), ("val", x_val, y_val, len(x)))
     }
     found: dict[str, Any] = {}
     for amount, shots in LABELS.items():

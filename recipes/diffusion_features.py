@@ -209,18 +209,18 @@ def check(opened: Opened, images: Images, settings: DiffusionSettings) -> None:
     device = next(opened.model.parameters()).device
     with user_errors(ValueError):
         blank = torch.zeros(1, settings.in_chans, *images.size, device=device)
-        extractor(opened, settings)(blank)
+        extractor(opened, settings, settings.seed)(blank)
     if settings.grid and settings.labels is not None and images.data.classes:
         labels = Part(images.data.train, settings.probe_images).labels
         few_labels(labels, settings.labels, settings.seed, images.data.classes)
 
 
-def extractor(opened: Opened, settings: DiffusionSettings) -> DiffusionFeatures:
-    """Of all cells of the grid."""
+def extractor(opened: Opened, settings: DiffusionSettings, seed: int) -> DiffusionFeatures:
+    """Of all cells of the grid; the seed is that of the noise."""
     numbers = [int(each) if each.isdigit() else each for each in settings.blocks or ()]
     return DiffusionFeatures(
         opened.model, opened.schedule, numbers or "auto", settings.timesteps, settings.pool,
-        settings.draws, settings.include_clean, seed=settings.seed, encode=opened.encode,
+        settings.draws, settings.include_clean, seed=seed, encode=opened.encode,
     )  # fmt: skip
 
 
@@ -303,10 +303,13 @@ def cached(
 ) -> dict[str, Parts]:
     """Features of all images, written below the run folder and read from there."""
     found: dict[str, Parts] = {}
+    # Held-out images have noise of their own: both parts mostly lie class by class, and the noise that a training image
+    # at the same place was learnt with would tell the class.
+    seeds = {"train": settings.seed, "val": -1 - settings.seed}
     for who, opened in rivals.items():
-        extract = extractor(opened, settings)
         found[who] = {}
         for name, part in (("train", images.data.train), ("val", images.data.val)):
+            extract = extractor(opened, settings, seeds[name])
             n = min(settings.probe_images, len(part))
             folder = run.path / "features" / f"{who.split()[0]}-{name}"
             with user_errors(ValueError, OSError):

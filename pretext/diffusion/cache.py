@@ -24,6 +24,9 @@ def write_features(
 ) -> int:
     """Write the features of all images, a file for each batch; what was stopped goes on where it was.
 
+    Held-out images are counted from 0, too: give them features of another seed. With the training images' noise, at the
+    same places in two parts that lie class by class, the noise tells the class.
+
     Args:
         folder: for the files ``00000.safetensors`` and so on; made if missing.
         features: what to compute.

@@ -119,7 +119,8 @@ class DifFeed(nn.Module):
 
         Args:
             images: (B, C, H, W), scaled as the network was trained: for most, to [-1, 1].
-            indices: (B,) which images of the data these are, for the noise; by default 0 to B - 1.
+            indices: (B,) which images of the data these are, for the noise; by default 0 to B - 1. Held-out images need
+                others than training images, or another draw.
             draw: of the noise: the epoch gives new noise in each.
 
         Raises:

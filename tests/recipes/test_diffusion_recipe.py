@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from recipe_programs import DIFFUSION, refusal
+from torch.utils.data import TensorDataset
 
 from leaven.backbones import load
-from leaven.pretext.diffusion import Cell, UNet, make_head
+from leaven.pretext.diffusion import Cell, Schedule, UNet, make_head
+from leaven.pretext.diffusion.opening import Opened
 from leaven.recipes.common.dry_run import noise
 
 Recipe = Callable[[Path], ModuleType]
@@ -64,6 +66,22 @@ def test_it_trains_and_its_weights_are_read_again(recipe: Recipe, capsys: pytest
     module.main([*QUICK, "--model", "out", "--output-dir", "again"])
     assert results("again")[1]["top1"] == results("out")[1]["top1"]
     assert results("again")[1]["grid"] == results("out")[1]["grid"]
+
+
+def test_held_out_images_have_noise_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
+    images = TensorDataset(torch.rand(6, 1, 8, 8), torch.arange(6) % 2)
+    both = SimpleNamespace(
+        data=SimpleNamespace(train=images, val=images), whole=lambda part, most: [part.tensors]
+    )
+    settings = SimpleNamespace(
+        blocks=("1",), timesteps=(300,), pool=(1,), draws=1, include_clean=True, seed=0, probe_images=9
+    )
+    net = UNet(1, width=16, multipliers=(1, 2), attention=(), head_width=16)
+    rivals = {"trained network": Opened(net, Schedule.linear())}
+    found = recipe(DIFFUSION).cached(rivals, both, settings, SimpleNamespace(path=tmp_path))
+    (train, _), (val, _) = found["trained network"]["train"], found["trained network"]["val"]
+    for cell in train:
+        assert torch.equal(train[cell], val[cell]) == (cell.t == "clean")
 
 
 def test_a_head_bears_a_number_that_is_constant_in_training_alone(recipe: Recipe, tmp_path: Path) -> None:
