@@ -78,7 +78,7 @@ class EvoNormSearchSettings(ImageSettings):
     time_limit: float | None = flag(
         None, "seconds for a candidate, after which it is rejected; needs --jobs 2"
     )
-    resume: str | None = flag(None, "auto: go on in --output-dir")
+    resume: str | None = flag(None, "auto: go on in --output-dir, or else in the newest such run of runs/")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,8 +26,8 @@ def search(
 
     So the search depends neither on the executor nor on who was faster, and a resumed one is the uninterrupted one:
     what the journal knows is not judged again. With more candidates it is what it would have been with so many from the
-    start. A candidate whose judge fails, hangs or dies, or gives a score that is not finite, is rejected. Once the search
-    has gone on from that, the journal has it as a rejection, and it is not judged again either.
+    start. A candidate whose judge fails, hangs or dies, or gives a score that is not finite, is rejected. Once the
+    search has gone on from that, the journal has it as a rejection, and it is not judged again either.
 
     Args:
         evolution: what asks.

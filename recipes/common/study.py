@@ -58,7 +58,7 @@ class StudySettings(ImageSettings):
     time_limit: float | None = flag(
         None, "seconds for one trial, after which it has failed; needs --jobs 2 or more"
     )
-    resume: str | None = flag(None, "auto: go on in --output-dir")
+    resume: str | None = flag(None, "auto: go on in --output-dir, or else in the newest such run of runs/")
 
     def __post_init__(self) -> None:
         super().__post_init__()
