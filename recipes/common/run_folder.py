@@ -100,7 +100,7 @@ def open_run(recipe: str, backbone: str, *, output_dir: str | None, resume: str 
         resume: ``--resume``: None, "auto" or a run folder.
 
     Raises:
-        UserError: the folder cannot be written, is in use by another run, or has nothing to resume.
+        UserError: the folder cannot be written, is not empty though nothing is resumed, or has nothing to resume.
     """
     if resume not in (None, "auto"):
         path = Path(str(resume))
