@@ -67,7 +67,9 @@ class EvoNormSearchSettings(ImageSettings):
     batch_size: int = 64
     lr: float = flag(0.1, "of SGD at the start; it falls to 0")
     quality_steps: int = flag(60, "updates after which a training is looked at; 0: it is not")
-    quality: float | None = flag(None, "least accuracy by then; none: twice that of guessing, or 75% of two classes")
+    quality: float | None = flag(
+        None, "least accuracy by then; none: twice that of guessing, or 75% of two classes"
+    )
     stability_steps: int = flag(10, "of ascent on the gradient's norm; 0: none")
     round_size: int = flag(8, "candidates that are asked for at once")
     rerank: str | None = flag(None, "run folder of a search: train its best again, longer")

@@ -247,7 +247,8 @@ def report(outcomes: dict[str, Outcome], run: RunFolder, notes: list[str]) -> No
     summary = {}
     for what in (key for key, value in done[0].items() if isinstance(value, float)):
         values = [result[what] for result in done]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        known = len(values) > 1 and all(map(math.isfinite, values))  # a likelihood may be infinite
+        error = statistics.stdev(values) / math.sqrt(len(values)) if known else math.nan
         summary[what] = {
             "mean": statistics.mean(values),
             "standard error": None if math.isnan(error) else error,
@@ -256,8 +257,15 @@ def report(outcomes: dict[str, Outcome], run: RunFolder, notes: list[str]) -> No
         print(f"{what}: {summary[what]['mean']:.4f}{spread}")
     trials = {name: vars(outcome) for name, outcome in outcomes.items()}
     body = {"command": command(), "data": notes, "summary": summary, "trials": trials}
-    run.write(run.path / "results.json", json.dumps(body, indent=1))
+    run.write(run.path / "results.json", json.dumps(_words_for_infinity(body), indent=1, allow_nan=False))
     print(f"run folder: {run.path} (results.json, config.yaml, journal.jsonl)")
+
+
+def _words_for_infinity(value: Any) -> Any:
+    """With "inf" and "-inf" in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _words_for_infinity(each) for key, each in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import sys
@@ -18,7 +19,10 @@ from recipe_programs import DKM, refusal, start
 from leaven.bayes import DeepKernelMachine
 from leaven.bayes.deep_kernel_machine import Prediction
 from leaven.recipes.common.flags import UserError, run_main
+from leaven.recipes.common.run_folder import RunFolder
+from leaven.recipes.common.study import report
 from leaven.recipes.common.tables import Scale, open_table
+from leaven.trials import Outcome
 
 Recipe = Callable[[Path], ModuleType]
 QUICK = ["--steps", "40", "--inducing", "10", "--nu", "1"]
@@ -49,6 +53,22 @@ def write_folder() -> None:
         order = np.random.default_rng(k).permutation(60)
         np.savetxt(f"folder/index_train_{k}.txt", order[6:], fmt="%d")
         np.savetxt(f"folder/index_test_{k}.txt", order[:6], fmt="%d")
+
+
+def test_an_infinite_likelihood_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a true class with probability 0; JSON has no such number."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    outcomes = {
+        str(i): Outcome({"nll": nll, "rmse": 1.0}, None, 1.0) for i, nll in enumerate((math.inf, 2.0))
+    }
+    report(outcomes, RunFolder(tmp_path), [])
+    assert "nll: inf\nrmse: 1.0000 ± 0.0000" in capsys.readouterr().out
+    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert found["summary"]["nll"] == {"mean": "inf", "standard error": None}
+    assert [each["result"]["nll"] for each in found["trials"].values()] == ["inf", 2.0]
 
 
 def test_the_default_table(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
