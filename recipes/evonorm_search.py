@@ -138,7 +138,9 @@ def main(argv: list[str] | None = None) -> None:
 def read_genome(name: str) -> Genome:
     """By name, or from a file."""
     try:
-        return Genome.named(name) if name in NAMED else Genome.from_json(Path(name).read_text())
+        return (
+            Genome.named(name) if name in NAMED else Genome.from_json(Path(name).read_text(encoding="utf-8"))
+        )
     except (OSError, GenomeError) as error:
         raise UserError(f"genome {name}: {error}; names are {', '.join(NAMED)}") from error
 
@@ -314,7 +316,7 @@ def best_of(folder: str, top: int) -> list[dict[str, Any]]:
     known = Path(folder) / "search.json"
     if not known.is_file():
         raise UserError(f"--rerank {folder}: no search.json there: is the search done?")
-    rows: list[dict[str, Any]] = json.loads(known.read_text())["found"]
+    rows: list[dict[str, Any]] = json.loads(known.read_text(encoding="utf-8"))["found"]
     return rows[:top]
 
 

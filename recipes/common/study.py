@@ -305,7 +305,9 @@ def refuse_changes(run: RunFolder, settings: ImageSettings, may_grow: str | None
     """
     if not run.config.is_file():
         return
-    before, now = (yaml.safe_load(text) for text in (run.config.read_text(), to_yaml(settings)))
+    before, now = (
+        yaml.safe_load(text) for text in (run.config.read_text(encoding="utf-8"), to_yaml(settings))
+    )
     changed = [
         f"{name} {before.get(name)} -> {value}"
         for name, value in now.items()
@@ -327,9 +329,10 @@ def refuse_other_data(run: RunFolder, notes: list[str]) -> None:
     """
     known = run.path / "data.txt"
     text = "\n".join(notes) + "\n"
-    if known.is_file() and known.read_text() != text:
+    before = known.read_text(encoding="utf-8") if known.is_file() else text
+    if before != text:
         raise UserError(
-            f"cannot resume {run.path} exactly: its trials learnt from other data ({known.read_text().strip()}); "
+            f"cannot resume {run.path} exactly: its trials learnt from other data ({before.strip()}); "
             "take another --output-dir"
         )
     run.write(known, text)

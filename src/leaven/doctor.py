@@ -84,9 +84,9 @@ def requirements() -> tuple[list[str], dict[str, list[str]]]:
     try:
         lines = importlib.metadata.requires("leaven") or []
     except importlib.metadata.PackageNotFoundError:  # a plain clone, used through PYTHONPATH=src
-        project = tomllib.loads((Path(leaven.__file__).parents[2] / "pyproject.toml").read_bytes().decode())[
-            "project"
-        ]
+        project = tomllib.loads(
+            (Path(leaven.__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+        )["project"]
         lines = list(project["dependencies"])
         for extra, names in project["optional-dependencies"].items():
             lines += [f'{name}; extra == "{extra}"' for name in names]
