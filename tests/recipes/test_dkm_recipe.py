@@ -55,6 +55,30 @@ def write_folder() -> None:
         np.savetxt(f"folder/index_test_{k}.txt", order[:6], fmt="%d")
 
 
+def test_a_folder_that_does_not_fit_together_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder()
+    with pytest.raises(UserError, match=r"--target is of .csv and .parquet files: folder says itself"):
+        open_table("folder", "y")
+    np.savetxt("folder/index_target.txt", [5], fmt="%d")
+    with pytest.raises(UserError, match=r"index_target.txt must name columns from 0 to 4 of data.txt"):
+        open_table("folder", None)
+    write = numbers()
+    write[6, 1] = math.nan
+    np.savetxt("folder/data.txt", write)
+    np.savetxt("folder/index_target.txt", [4], fmt="%d")
+    with pytest.raises(UserError, match=r"row 7 of data.txt has what is no number"):
+        open_table("folder", None)
+
+
+def test_lines_are_counted_as_they_lie_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("a,b\n\n\n1,2\n3\n")
+    with pytest.raises(UserError, match="line 5 has 1 values for 2 columns"):
+        open_table(str(tmp_path / "table.csv"), "b")
+
+
 def test_an_infinite_likelihood_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a true class with probability 0; JSON has no such number."""
 
