@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from leaven.backbones import resolve as known_backbone
 from leaven.bayes.deep_kernel_machine import normalised
+from leaven.journal import JournalError
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import command
 from leaven.recipes.common.data import Data, KeyedLoader
@@ -176,7 +177,7 @@ def run_study(
 ) -> dict[str, Outcome]:
     """All trials: in this process, in others, or on a cluster."""
     how: dict[str, Any] = {"journal": run.path / "journal.jsonl", "time_limit": settings.time_limit}
-    with user_errors(TrialsError), stopping("study", run), ExitStack() as stack:
+    with user_errors(TrialsError, JournalError), stopping("study", run), ExitStack() as stack:
         if settings.dask is not None:
             client = stack.enter_context(connected(settings.dask))
             how |= {"executor": lambda workers: client.get_executor(), "workers": settings.jobs}

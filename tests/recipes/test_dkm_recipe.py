@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from leaven.bayes import DeepKernelMachine
 from leaven.bayes.deep_kernel_machine import Prediction
 from leaven.recipes.common.flags import UserError, run_main
 from leaven.recipes.common.run_folder import RunFolder
-from leaven.recipes.common.study import report
+from leaven.recipes.common.study import StudySettings, report, run_study
 from leaven.recipes.common.tables import Scale, open_table
 from leaven.trials import Outcome
 
@@ -77,6 +78,23 @@ def test_lines_are_counted_as_they_lie_in_the_file(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b\n\n\n1,2\n3\n")
     with pytest.raises(UserError, match="line 5 has 1 values for 2 columns"):
         open_table(str(tmp_path / "table.csv"), "b")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks")
+def test_a_journal_that_another_process_holds_is_one_line(tmp_path: Path) -> None:
+    path = str(tmp_path / "journal.jsonl")
+    program = f"from leaven.journal import Journal; from pathlib import Path; j = Journal(Path({path!r}))"
+    source = str(Path(__file__).parents[2] / "src")
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes["env"] = os.environ | {"PYTHONPATH": source}
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{program}; print(flush=True); input()"], **pipes
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="is in use by another process"):
+            run_study(dict, {"a": {}}, StudySettings(), RunFolder(tmp_path))
+        holder.communicate(b"\n")
 
 
 def test_an_infinite_likelihood_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
