@@ -67,7 +67,9 @@ class EvoNormSearchSettings(ImageSettings):
     batch_size: int = 64
     lr: float = flag(0.1, "of SGD at the start; it falls to 0")
     quality_steps: int = flag(60, "updates after which a training is looked at; 0: it is not")
-    quality: float | None = flag(None, "least accuracy by then; none: twice that of guessing")
+    quality: float | None = flag(
+        None, "least accuracy by then; none: twice that of guessing, or 75% of two classes"
+    )
     stability_steps: int = flag(10, "of ascent on the gradient's norm; 0: none")
     round_size: int = flag(8, "candidates that are asked for at once")
     rerank: str | None = flag(None, "run folder of a search: train its best again, longer")
@@ -78,7 +80,7 @@ class EvoNormSearchSettings(ImageSettings):
     time_limit: float | None = flag(
         None, "seconds for a candidate, after which it is rejected; needs --jobs 2"
     )
-    resume: str | None = flag(None, "auto: go on in --output-dir")
+    resume: str | None = flag(None, "auto: go on in --output-dir, or else in the newest such run of runs/")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,7 +138,9 @@ def main(argv: list[str] | None = None) -> None:
 def read_genome(name: str) -> Genome:
     """By name, or from a file."""
     try:
-        return Genome.named(name) if name in NAMED else Genome.from_json(Path(name).read_text())
+        return (
+            Genome.named(name) if name in NAMED else Genome.from_json(Path(name).read_text(encoding="utf-8"))
+        )
     except (OSError, GenomeError) as error:
         raise UserError(f"genome {name}: {error}; names are {', '.join(NAMED)}") from error
 
@@ -155,7 +159,8 @@ def executor(settings: EvoNormSearchSettings, stack: ExitStack) -> dict[str, Any
 
 def budget(settings: EvoNormSearchSettings, classes: int) -> Budget:
     """How a candidate is trained."""
-    quality = 2 / classes if settings.quality is None else settings.quality
+    # Of two classes twice that of guessing would be every image.
+    quality = min(2 / classes, 0.75) if settings.quality is None else settings.quality
     return Budget(
         steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr, quality=quality,
         quality_steps=settings.quality_steps, stability_steps=settings.stability_steps,
@@ -311,7 +316,7 @@ def best_of(folder: str, top: int) -> list[dict[str, Any]]:
     known = Path(folder) / "search.json"
     if not known.is_file():
         raise UserError(f"--rerank {folder}: no search.json there: is the search done?")
-    rows: list[dict[str, Any]] = json.loads(known.read_text())["found"]
+    rows: list[dict[str, Any]] = json.loads(known.read_text(encoding="utf-8"))["found"]
     return rows[:top]
 
 

@@ -167,7 +167,7 @@ def stage(
 def accuracy(settings: TrainSettings) -> float:
     """Train, or go on where it was; the last accuracy on the images to judge on."""
     train(settings, find_data(settings))
-    rows = (Path(str(settings.output_dir)) / "metrics.jsonl").read_text().splitlines()
+    rows = (Path(str(settings.output_dir)) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     score: float = json.loads(rows[-1])["val_top1"]
     return score
 

@@ -160,6 +160,36 @@ def test_doctor_reports_all_sections_when_all_is_well(monkeypatch: pytest.Monkey
     assert out.endswith("No problem found.\n")
 
 
+@pytest.mark.parametrize(("finder", "hidden"), [("", False), ("last", True)])
+def test_doctor_says_whether_a_folder_hides_the_package(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    finder: str,
+    hidden: bool,
+) -> None:
+    """It does so of an installation for development, whose finder is asked last."""
+    (tmp_path / "leaven").mkdir()
+    monkeypatch.chdir(tmp_path)
+    site = ROOT / "src"
+    if finder:
+        site = tmp_path / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(
+            "import sys\nfrom importlib.machinery import PathFinder\n"
+            f"class Last:\n    def find_spec(name, path=None, target=None):\n"
+            f"        return PathFinder.find_spec(name, [{str(ROOT / 'src')!r}]) if name == 'leaven' else None\n"
+            "sys.meta_path.append(Last)\n"
+        )
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    real = doctor.failure
+    monkeypatch.setattr(
+        doctor, "failure", lambda program: real(program) if "leaven.__version__" in program else None
+    )
+    assert doctor.doctor() == hidden
+    assert ("hides the package" in capsys.readouterr().out) == hidden
+
+
 def test_doctor_survives_missing_and_broken_packages(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """torch is broken, timm and spconv are missing, all backends fail: a report and exit code 1."""
     version = doctor.installed_version

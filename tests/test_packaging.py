@@ -147,6 +147,20 @@ def test_scripts_do_not_shadow_dependencies() -> None:
         assert not names & (taken - {"common"} if folder != "recipes" else taken)
 
 
+def test_text_is_read_and_written_as_utf_8() -> None:
+    """Wherever it runs: what a run has written under one locale is read again under another."""
+    asked = 0
+    for file in [file for room in (*ROOMS, "src/leaven") for file in sources(room)]:
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+            name = (
+                node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+            )
+            if name in ("read_text", "write_text"):
+                asked += 1
+                assert "encoding" in [word.arg for word in node.keywords], f"{file}:{node.lineno}"
+    assert asked > 10
+
+
 # --- imports
 
 

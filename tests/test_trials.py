@@ -120,6 +120,22 @@ def test_what_a_trial_raises_is_its_outcome(tmp_path: Path, executor: Any) -> No
     assert calls(tmp_path) == list(outcomes)
 
 
+class Unsayable(Exception):
+    def __str__(self) -> str:
+        return self.message  # which nobody has set
+
+
+def unsayable(x: int) -> int:
+    raise Unsayable
+
+
+@pytest.mark.parametrize("executor", [None, POOL])
+def test_an_exception_without_words_is_an_outcome_too(executor: Any) -> None:
+    outcomes = run_trials(unsayable, {"a": {"x": 1}, "b": {"x": 2}}, executor=executor)
+    failures = [outcome.failure or "" for outcome in outcomes.values()]
+    assert all(failure.startswith("Unsayable (test_trials.py:") for failure in failures)
+
+
 def test_what_cannot_be_sent_to_a_process_fails_by_name() -> None:
     outcomes = run_trials(lambda x: x, {"a": {"x": 1}, "b": {"x": 2}}, executor=POOL, workers=2)
     assert all("<lambda>" in (outcome.failure or "") for outcome in outcomes.values())
@@ -581,9 +597,31 @@ run_trials(trial, study(folder, "returns", "returns"), executor={executor}, jour
 """)
     _, stderr = process.communicate(timeout=60)
     assert f"JournalError: cannot write to the journal {tmp_path}/journal: " in stderr.splitlines()[-1]
-    with pytest.warns(TornLineWarning):
-        run_trials(trial, study(tmp_path, "returns", "returns"), journal=tmp_path / "journal")
+    run_trials(trial, study(tmp_path, "returns", "returns"), journal=tmp_path / "journal")
     assert calls(tmp_path) == ["t0", "t1", "t1"]
+
+
+@posix
+def test_a_line_that_did_not_fit_does_not_spoil_the_next(tmp_path: Path) -> None:
+    """Trials that ended together are written one after another, also when the disk was full for the first."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"""
+import resource
+from pathlib import Path
+from leaven.journal import Journal, JournalError
+journal = Journal(Path({str(tmp_path / "journal")!r}))
+journal.append({{"a": 1}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (15, resource.RLIM_INFINITY))
+try:
+    journal.append({{"b": "long"}})
+except JournalError:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    journal.append({{"c": 3}})
+"""],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Journal(tmp_path / "journal").entries == [{"a": 1}, {"c": 3}]
 
 
 # --- refusals

@@ -26,7 +26,8 @@ def search(
 
     So the search depends neither on the executor nor on who was faster, and a resumed one is the uninterrupted one:
     what the journal knows is not judged again. With more candidates it is what it would have been with so many from the
-    start. A candidate whose judge fails, hangs or dies, or gives a score that is not finite, is rejected.
+    start. A candidate whose judge fails, hangs or dies, or gives a score that is not finite, is rejected. Once the
+    search has gone on from that, the journal has it as a rejection, and it is not judged again either.
 
     Args:
         evolution: what asks.
@@ -47,6 +48,8 @@ def search(
     if candidates < 1 or round_size < 1:
         raise ValueError(f"candidates and round_size must be at least 1, got {candidates} and {round_size}")
     done, failed = 0, list[str]()
+    reasons: dict[str, str] = {}  # genome -> why the judge failed for it
+    loose: dict[str, dict[str, str]] = {}  # trials that `run_trials` would run again on resume
     while done < candidates:
         asked = [evolution.ask() for _ in range(min(round_size, candidates - done))]
         trials = {f"candidate {each.number}": {"genome": each.genome.to_json()} for each in asked}
@@ -58,9 +61,18 @@ def search(
             why = outcome.failure or found.get("rejected", "")
             if not why and not all(map(isfinite, found["scores"])):
                 why = "a score is not a finite number"
-            failed += [outcome.failure] if outcome.failure else []
+            if outcome.failure:
+                failed.append(outcome.failure)
+                name = f"candidate {candidate.number}"
+                loose[name] = trials[name]
+                reasons[trials[name]["genome"]] = outcome.failure
             evolution.tell(candidate.number, None if why else found["scores"], why)
         done += len(asked)
+        # Another verdict would lead to other candidates than those that are in the journal by then. A judge that has
+        # failed for all may be mended.
+        if journal is not None and loose and len(failed) < done:
+            run_trials(lambda genome: {"rejected": reasons[genome]}, loose, journal=journal)
+            loose = {}
         if report is not None:
             report(evolution)
     if len(failed) == candidates:

@@ -78,7 +78,7 @@ def _diffusers(path: Path) -> Opened:
             schedule = Schedule.of(parts["scheduler"])
             vae = parts.get("vae")
             return Opened(model.eval(), schedule, None if vae is None else _encoder(vae.eval()))
-        kind = json.loads((path / "config.json").read_text())["_class_name"]
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["_class_name"]
         model = getattr(library, kind).from_pretrained(path, local_files_only=True)
     except (OSError, KeyError, AttributeError) as error:
         raise ValueError(f"cannot open {path}: {str(error).splitlines()[0]}") from error

@@ -184,7 +184,8 @@ class Images:
         init = self.settings.init
         surgery = {} if init in (None, "pretrained") else metadata(init)
         kept = {"evonorm": surgery["evonorm"]} if "evonorm" in surgery else {}
-        return {"data": self.data.name, "in_chans": self.settings.in_chans, **moments, **kept}
+        shape = {"in_chans": self.settings.in_chans, "image_size": self.size}
+        return {"data": self.data.name, **shape, **moments, **kept}
 
     def __str__(self) -> str:
         numbers = [", ".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std)]

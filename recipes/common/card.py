@@ -1,16 +1,21 @@
 """The model card: README.md of a run folder, for whoever finds the weights without the run."""
 
+import inspect
 import platform
 import shlex
 import subprocess
 import sys
+from ast import literal_eval
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from torch import nn
+
 from leaven import __version__
-from leaven.backbones import metadata
+from leaven.backbones import create, metadata
 from leaven.backbones.build import AUXILIARY
+from leaven.backbones.names import import_factory
 from leaven.recipes.common.launcher import PROGRAMS, find_launcher
 from leaven.recipes.common.run_folder import RunFolder
 
@@ -87,23 +92,48 @@ def rebuild(weights: Path, backbone: str, in_chans: int = 3, num_classes: int = 
         weights: the run's backbone.safetensors.
         backbone, in_chans, num_classes: as for `write_card`.
     """
-    name = backbone.removeprefix("tv:")
+    notes = metadata(weights) if weights.is_file() else {}
+    name, size = backbone.removeprefix("tv:"), literal_eval(notes.get("image_size", "None"))
     channels = "" if in_chans == 3 else f", in_chans={in_chans}"
     classes = f", num_classes={num_classes}" if num_classes else ""
-    package, plain = "timm", f"timm.create_model({name!r}, num_classes={num_classes}{channels})"
-    if backbone.startswith("tv:"):
+    if ":" in backbone and not backbone.startswith(("tv:", "hf-hub:", "hf_hub:", "local-dir:")):
+        package, plain = backbone.split(":")[0], backbone.replace(":", ".")
+        factory = import_factory(backbone)
+        if not isinstance(factory, nn.Module):
+            takes_it = size and "image_size" in inspect.signature(factory).parameters
+            plain += f"({(channels + classes + (f', image_size={size}' if takes_it else ''))[2:]})"
+    elif backbone.startswith("tv:"):
+        side = (
+            f", image_size={size[0]}"
+            if _goes_by_size(weights, backbone, size, num_classes=num_classes)
+            else ""
+        )
         plainly = ", aux_logits=False, init_weights=False" if backbone in AUXILIARY else ""
-        package, plain = "torchvision", f"torchvision.models.get_model({name!r}{classes}{plainly})"
-    elif ":" in backbone:
-        package, plain = backbone.split(":")[0], f"{backbone.replace(':', '.')}({(channels + classes)[2:]})"
+        package, plain = "torchvision", f"torchvision.models.get_model({name!r}{classes}{side}{plainly})"
+    else:
+        how = {"num_classes": num_classes, "in_chans": in_chans}
+        side = f", img_size={size}" if _goes_by_size(weights, backbone, size, **how) else ""
+        package, plain = "timm", f"timm.create_model({name!r}, num_classes={num_classes}{channels}{side})"
     lines = [f"import {package}", "from safetensors.torch import load_file", "", f"backbone = {plain}"]
-    if weights.is_file() and (kind := metadata(weights).get("evonorm")) is not None:
+    if (kind := notes.get("evonorm")) is not None:
         lines += [
             "from functools import partial",
             "from leaven.callbacks import evo_norm, replace_norm_act",
             f'replace_norm_act(backbone, partial(evo_norm, "{kind}"))',
         ]
     return [*lines, 'backbone.load_state_dict(load_file("backbone.safetensors"))']
+
+
+def _goes_by_size(weights: Path, backbone: str, size: tuple[int, int] | None, **how: int) -> bool:
+    """Whether the weights are of other shapes than a backbone that is not told the size of its images."""
+    from safetensors import safe_open
+
+    if size is None:
+        return False
+    state = create(backbone, **how).state_dict()  # type: ignore[arg-type]
+    with safe_open(weights, framework="pt") as file:
+        known = [key for key in file.keys() if key in state]  # noqa: SIM118
+        return any(tuple(file.get_slice(key).get_shape()) != tuple(state[key].shape) for key in known)
 
 
 def command() -> str:

@@ -100,13 +100,13 @@ def open_run(recipe: str, backbone: str, *, output_dir: str | None, resume: str 
         resume: ``--resume``: None, "auto" or a run folder.
 
     Raises:
-        UserError: the folder cannot be written, is in use by another run, or has nothing to resume.
+        UserError: the folder cannot be written, is not empty though nothing is resumed, or has nothing to resume.
     """
     if resume not in (None, "auto"):
         path = Path(str(resume))
         if output_dir is not None and Path(output_dir).resolve() != path.resolve():
             raise UserError(f"--resume {resume} goes on in that folder; drop --output-dir {output_dir}")
-        if not listing(path / "checkpoints"):
+        if _left_off(path) is None:
             raise UserError(f"--resume {resume}: no checkpoint in {path / 'checkpoints'}")
         return _writable(RunFolder(path, recipe))
     if output_dir is not None:
@@ -121,17 +121,20 @@ def open_run(recipe: str, backbone: str, *, output_dir: str | None, resume: str 
         return _writable(RunFolder(path, recipe))
     stem = f"{recipe}-{re.sub(r'[^A-Za-z0-9_.]+', '_', backbone)}"
     if resume == "auto":
-        earlier = [path for path in Path("runs").glob(f"{stem}-[0-9]*") if listing(path / "checkpoints")]
+        runs = [(_left_off(path), path) for path in Path("runs").glob(f"{stem}-[0-9]*")]
+        earlier = [(when, path) for when, path in runs if when is not None]
         if earlier:
-            return _writable(
-                RunFolder(
-                    max(earlier, key=lambda path: listing(path / "checkpoints")[0].stat().st_mtime), recipe
-                )
-            )
+            return _writable(RunFolder(max(earlier)[1], recipe))
     path = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     while path.exists():
         path = path.with_name(f"{path.name}b")
     return _writable(RunFolder(path, recipe))
+
+
+def _left_off(path: Path) -> float | None:
+    """When a run wrote what it can go on from, its newest checkpoint or its journal of trials; None: it has neither."""
+    found = [*listing(path / "checkpoints")[:1], *path.glob("journal*.jsonl")]
+    return max((each.stat().st_mtime for each in found), default=None)
 
 
 # What there is of a run before its first step: how it was set up, and nothing that it found.

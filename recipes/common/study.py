@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from leaven.backbones import resolve as known_backbone
 from leaven.bayes.deep_kernel_machine import normalised
+from leaven.journal import JournalError
 from leaven.recipes.common.batches import Images, build_backbone, find_data, user_errors
 from leaven.recipes.common.card import command
 from leaven.recipes.common.data import Data, KeyedLoader
@@ -58,7 +59,7 @@ class StudySettings(ImageSettings):
     time_limit: float | None = flag(
         None, "seconds for one trial, after which it has failed; needs --jobs 2 or more"
     )
-    resume: str | None = flag(None, "auto: go on in --output-dir")
+    resume: str | None = flag(None, "auto: go on in --output-dir, or else in the newest such run of runs/")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,7 +177,7 @@ def run_study(
 ) -> dict[str, Outcome]:
     """All trials: in this process, in others, or on a cluster."""
     how: dict[str, Any] = {"journal": run.path / "journal.jsonl", "time_limit": settings.time_limit}
-    with user_errors(TrialsError), stopping("study", run), ExitStack() as stack:
+    with user_errors(TrialsError, JournalError), stopping("study", run), ExitStack() as stack:
         if settings.dask is not None:
             client = stack.enter_context(connected(settings.dask))
             how |= {"executor": lambda workers: client.get_executor(), "workers": settings.jobs}
@@ -247,7 +248,8 @@ def report(outcomes: dict[str, Outcome], run: RunFolder, notes: list[str]) -> No
     summary = {}
     for what in (key for key, value in done[0].items() if isinstance(value, float)):
         values = [result[what] for result in done]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        known = len(values) > 1 and all(map(math.isfinite, values))  # a likelihood may be infinite
+        error = statistics.stdev(values) / math.sqrt(len(values)) if known else math.nan
         summary[what] = {
             "mean": statistics.mean(values),
             "standard error": None if math.isnan(error) else error,
@@ -256,8 +258,15 @@ def report(outcomes: dict[str, Outcome], run: RunFolder, notes: list[str]) -> No
         print(f"{what}: {summary[what]['mean']:.4f}{spread}")
     trials = {name: vars(outcome) for name, outcome in outcomes.items()}
     body = {"command": command(), "data": notes, "summary": summary, "trials": trials}
-    run.write(run.path / "results.json", json.dumps(body, indent=1))
+    run.write(run.path / "results.json", json.dumps(_words_for_infinity(body), indent=1, allow_nan=False))
     print(f"run folder: {run.path} (results.json, config.yaml, journal.jsonl)")
+
+
+def _words_for_infinity(value: Any) -> Any:
+    """With "inf" and "-inf" in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _words_for_infinity(each) for key, each in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
@@ -297,7 +306,9 @@ def refuse_changes(run: RunFolder, settings: ImageSettings, may_grow: str | None
     """
     if not run.config.is_file():
         return
-    before, now = (yaml.safe_load(text) for text in (run.config.read_text(), to_yaml(settings)))
+    before, now = (
+        yaml.safe_load(text) for text in (run.config.read_text(encoding="utf-8"), to_yaml(settings))
+    )
     changed = [
         f"{name} {before.get(name)} -> {value}"
         for name, value in now.items()
@@ -319,9 +330,10 @@ def refuse_other_data(run: RunFolder, notes: list[str]) -> None:
     """
     known = run.path / "data.txt"
     text = "\n".join(notes) + "\n"
-    if known.is_file() and known.read_text() != text:
+    before = known.read_text(encoding="utf-8") if known.is_file() else text
+    if before != text:
         raise UserError(
-            f"cannot resume {run.path} exactly: its trials learnt from other data ({known.read_text().strip()}); "
+            f"cannot resume {run.path} exactly: its trials learnt from other data ({before.strip()}); "
             "take another --output-dir"
         )
     run.write(known, text)

@@ -66,6 +66,10 @@ def open_table(data: str, target: str | None, seed: int = 0) -> Table:
         UserError: it cannot be read, has text or gaps in it, or no such column.
     """
     path = Path(data)
+    if target is not None and (data == "diabetes" or path.is_dir()):
+        raise UserError(
+            f"--target is of .csv and .parquet files: {data} says itself what is learnt, leave it out"
+        )
     if data == "diabetes":
         from sklearn.datasets import load_diabetes
 
@@ -114,6 +118,14 @@ def _folder(path: Path) -> Table:
         raise UserError(f"--data {path}: no data.txt in it, as folders of UCI splits have")
     values = np.atleast_2d(_text(path / "data.txt"))
     features, targets = rows("index_features.txt"), rows("index_target.txt")
+    for name, which in (("index_features.txt", features), ("index_target.txt", targets)):
+        if len(which) == 0 or which.min() < 0 or which.max() >= values.shape[1]:
+            raise UserError(
+                f"--data {path}: {name} must name columns from 0 to {values.shape[1] - 1} of data.txt"
+            )
+    if not np.isfinite(values).all():
+        row = int((~np.isfinite(values)).any(1).argmax())
+        raise UserError(f"--data {path}: row {row + 1} of data.txt has what is no number in it: fill gaps")
     splits = len(list(path.glob("index_train_*.txt")))
     if not splits:
         raise UserError(f"--data {path}: no index_train_0.txt in it, as folders of UCI splits have")
@@ -136,9 +148,11 @@ def _text(path: Path) -> Numbers:
 def _csv(path: Path) -> tuple[list[str], dict[str, list[object]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
+            reader = csv.reader(file)
+            lines = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    rows = [row for _, row in lines]
     if len(rows) < 2:
         raise UserError(f"--data {path}: a line with the columns' names and lines of numbers are needed")
     columns = [name.strip() for name in rows[0]]
@@ -151,7 +165,7 @@ def _csv(path: Path) -> tuple[list[str], dict[str, list[object]]]:
         )
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
         raise UserError(f"--data {path}: column {twice[0]!r} is there twice")
-    for number, row in enumerate(rows[1:], 2):
+    for number, row in lines[1:]:
         if len(row) != len(columns):
             raise UserError(f"--data {path}: line {number} has {len(row)} values for {len(columns)} columns")
     return columns, {name: [row[i] for row in rows[1:]] for i, name in enumerate(columns)}

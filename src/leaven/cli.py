@@ -16,9 +16,12 @@ from leaven.doctor import doctor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code (2: wrong use, 1: `doctor` found a problem).
+    """Run one subcommand; returns the exit code (2: it cannot be done, 1: `doctor` found a problem).
 
     As shells report signals, it is 130 after Ctrl-C, and 141 where nobody reads on (``leaven ls | head -1``).
+
+    Raises:
+        SystemExit: with 2 on wrong arguments, with 0 after ``--help`` and ``--version``.
     """
     try:
         code = _run(argv)

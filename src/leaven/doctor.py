@@ -21,10 +21,12 @@ import torch
 from leaven.pretext.spark import SparK
 SparK("resnet10t", decoder_width=32, backend={backend!r})(torch.randn(2, 3, 64, 64)).loss.backward()
 """
+# A folder of that name hides what pip installed for development, which is found last, and not a usual installation.
+_FROM_HERE = "import sys; sys.path.insert(0, ''); import leaven; leaven.__version__"
 
 
 def doctor() -> int:
-    """Print the report; returns 1 if something that every user needs does not work, else 0."""
+    """Print the report; returns 1 if something that is installed, or that every user needs, does not work, else 0."""
     print(f"leaven {leaven.__version__} in {Path(leaven.__file__).parent}")
     print(f"Python {platform.python_version()} ({sys.executable}) on {platform.platform()}")
     core, extras = requirements()
@@ -47,7 +49,7 @@ def doctor() -> int:
             problems.append(f"{name} {verdict}: pip install --upgrade {name}")
     if mismatch := torchvision_mismatch():
         problems.append(mismatch)
-    if (Path.cwd() / "leaven").is_dir() and not (Path.cwd() / "leaven" / "__init__.py").exists():
+    if (Path.cwd() / "leaven").is_dir() and failure(_FROM_HERE):
         problems.append(
             f"the folder {Path.cwd() / 'leaven'} hides the package from Python programs started here: "
             "start them elsewhere, or rename it"
@@ -82,7 +84,9 @@ def requirements() -> tuple[list[str], dict[str, list[str]]]:
     try:
         lines = importlib.metadata.requires("leaven") or []
     except importlib.metadata.PackageNotFoundError:  # a plain clone, used through PYTHONPATH=src
-        project = tomllib.loads((Path(leaven.__file__).parents[2] / "pyproject.toml").read_text())["project"]
+        project = tomllib.loads(
+            (Path(leaven.__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+        )["project"]
         lines = list(project["dependencies"])
         for extra, names in project["optional-dependencies"].items():
             lines += [f'{name}; extra == "{extra}"' for name in names]

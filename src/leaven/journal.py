@@ -56,11 +56,12 @@ class Journal:
         """Add one entry, in a single write and onto the disk: a kill leaves at most this line torn.
 
         Raises:
-            JournalError: if it cannot be written.
+            JournalError: if it cannot be written; no part of a line is left then.
         """
         line = json.dumps(entry).encode() + b"\n"
         try:
-            if self._file.write(line) != len(line):
+            if (written := self._file.write(line)) != len(line):
+                self._file.truncate(self._file.tell() - written)  # or the next line would be joined to it
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:

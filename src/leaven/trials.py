@@ -296,4 +296,8 @@ def _failed(why: str, started: float) -> Outcome:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    try:
+        words = " ".join(str(error).split())
+    except Exception:  # some classes cannot say themselves, for want of an attribute
+        words = ""
+    return f"{type(error).__name__}: {words}".removesuffix(": ")

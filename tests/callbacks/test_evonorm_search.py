@@ -494,6 +494,34 @@ def test_failures_are_rejections() -> None:
     assert len(found.history) + len(found.rejected) == 40
 
 
+def test_a_failure_that_the_search_went_on_from_stands_on_resume(tmp_path: Path) -> None:
+    """A machine that was busy once must not make another search of it, whose candidates the journal does not know."""
+    judged: list[str] = []
+
+    def busy_once(genome: str) -> Any:
+        judged.append(genome)
+        if len(judged) == 3:
+            raise MemoryError("busy")
+        return score(genome)
+
+    journal = tmp_path / "journal.jsonl"
+    whole = search(evolution(), busy_once, 30, round_size=4, journal=journal)
+    assert "busy" in whole.rejected[2]
+    resumed = search(evolution(), busy_once, 30, round_size=4, journal=journal)
+    assert (told(resumed), resumed.rejected, len(judged)) == (told(whole), whole.rejected, 30)
+
+
+def test_a_judge_that_failed_for_all_can_be_mended(tmp_path: Path) -> None:
+    def breaks(genome: str) -> Any:
+        raise RuntimeError("no such file")
+
+    journal = tmp_path / "journal.jsonl"
+    with pytest.raises(TrialsError, match="failed for each of 4"):
+        search(evolution(), breaks, 4, round_size=2, journal=journal)
+    mended = search(evolution(), score, 4, round_size=2, journal=journal)
+    assert told(mended) == told(search(evolution(), score, 4, round_size=2))
+
+
 def test_scores_that_are_no_numbers_are_rejections() -> None:
     """None surpasses them, so that they would win every tournament."""
 

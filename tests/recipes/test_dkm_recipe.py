@@ -2,8 +2,10 @@
 
 import csv
 import json
+import math
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,10 @@ from recipe_programs import DKM, refusal, start
 from leaven.bayes import DeepKernelMachine
 from leaven.bayes.deep_kernel_machine import Prediction
 from leaven.recipes.common.flags import UserError, run_main
+from leaven.recipes.common.run_folder import RunFolder
+from leaven.recipes.common.study import StudySettings, report, run_study
 from leaven.recipes.common.tables import Scale, open_table
+from leaven.trials import Outcome
 
 Recipe = Callable[[Path], ModuleType]
 QUICK = ["--steps", "40", "--inducing", "10", "--nu", "1"]
@@ -49,6 +54,63 @@ def write_folder() -> None:
         order = np.random.default_rng(k).permutation(60)
         np.savetxt(f"folder/index_train_{k}.txt", order[6:], fmt="%d")
         np.savetxt(f"folder/index_test_{k}.txt", order[:6], fmt="%d")
+
+
+def test_a_folder_that_does_not_fit_together_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder()
+    with pytest.raises(UserError, match=r"--target is of .csv and .parquet files: folder says itself"):
+        open_table("folder", "y")
+    np.savetxt("folder/index_target.txt", [5], fmt="%d")
+    with pytest.raises(UserError, match=r"index_target.txt must name columns from 0 to 4 of data.txt"):
+        open_table("folder", None)
+    write = numbers()
+    write[6, 1] = math.nan
+    np.savetxt("folder/data.txt", write)
+    np.savetxt("folder/index_target.txt", [4], fmt="%d")
+    with pytest.raises(UserError, match=r"row 7 of data.txt has what is no number"):
+        open_table("folder", None)
+
+
+def test_lines_are_counted_as_they_lie_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("a,b\n\n\n1,2\n3\n")
+    with pytest.raises(UserError, match="line 5 has 1 values for 2 columns"):
+        open_table(str(tmp_path / "table.csv"), "b")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks")
+def test_a_journal_that_another_process_holds_is_one_line(tmp_path: Path) -> None:
+    path = str(tmp_path / "journal.jsonl")
+    program = f"from leaven.journal import Journal; from pathlib import Path; j = Journal(Path({path!r}))"
+    source = str(Path(__file__).parents[2] / "src")
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes["env"] = os.environ | {"PYTHONPATH": source}
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{program}; print(flush=True); input()"], **pipes
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="is in use by another process"):
+            run_study(dict, {"a": {}}, StudySettings(), RunFolder(tmp_path))
+        holder.communicate(b"\n")
+
+
+def test_an_infinite_likelihood_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a true class with probability 0; JSON has no such number."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    outcomes = {
+        str(i): Outcome({"nll": nll, "rmse": 1.0}, None, 1.0) for i, nll in enumerate((math.inf, 2.0))
+    }
+    report(outcomes, RunFolder(tmp_path), [])
+    assert "nll: inf\nrmse: 1.0000 ± 0.0000" in capsys.readouterr().out
+    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert found["summary"]["nll"] == {"mean": "inf", "standard error": None}
+    assert [each["result"]["nll"] for each in found["trials"].values()] == ["inf", 2.0]
 
 
 def test_the_default_table(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,13 @@ def test_a_search_and_what_it_leaves(recipe: Recipe, capsys: pytest.CaptureFixtu
         assert Path(f"out/plots/{name}.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(("classes", "least"), [(2, 0.75), (3, 2 / 3), (10, 0.2)])
+def test_the_least_accuracy_can_be_had(classes: int, least: float) -> None:
+    from leaven.recipes.evonorm_search import EvoNormSearchSettings, budget
+
+    assert budget(EvoNormSearchSettings(), classes).quality == least
+
+
 def test_a_search_may_be_given_more_candidates(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     module = recipe(LAYERS)
     few = ["--candidates", "3", "--round-size", "2", "--steps", "2", "--quality-steps", "0"]

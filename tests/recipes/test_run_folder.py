@@ -76,6 +76,16 @@ def test_auto_without_a_folder_finds_the_newest_run_of_this_recipe_and_backbone(
     assert open_tiny(resume="auto").path.name == "tiny-tv_resnet18-20230101-000000"
 
 
+def test_studies_go_on_from_their_journal_without_a_folder_too() -> None:
+    for name in ("tiny-tv_resnet18-20240101-000000", "tiny-tv_resnet18-20230101-000000"):
+        Path(f"runs/{name}").mkdir(parents=True)
+        Path(f"runs/{name}/journal.jsonl").touch()
+        time.sleep(0.02)
+    assert open_tiny(resume="auto").path.name == "tiny-tv_resnet18-20230101-000000"
+    old = "runs/tiny-tv_resnet18-20240101-000000"
+    assert open_tiny(resume=old).path == Path(old)
+
+
 def test_a_named_folder_must_hold_a_checkpoint_and_be_the_output_folder() -> None:
     with pytest.raises(UserError, match=r"--resume gone: no checkpoint in gone/checkpoints"):
         open_tiny(resume="gone")
