@@ -256,6 +256,26 @@ def test_validation_does_not_change_training(train: Main) -> None:
     assert losses[0] == losses[1]
 
 
+def test_a_skipped_step_does_not_leave_out_the_last_measurement(
+    train: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GradScaler skips the first steps under fp16: the last update is then never counted."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    steps, plain = [], AcceleratedOptimizer.step
+
+    def step(self: AcceleratedOptimizer) -> None:
+        steps.append(self)
+        if len(steps) > 1:
+            plain(self)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    folder = train("out", "--epochs", "1", "--model-ema-decay", "0.5")
+    card = (folder / "README.md").read_text()
+    assert "held-out top1" in card
+    assert "held-out ema top1" in card
+
+
 def test_sigterm_and_resume_are_the_uninterrupted_run(train: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     """With everything on that draws: augmentation, erasing, mixing, stochastic depth, repeats; in the second epoch."""
     from safetensors.torch import load_file
