@@ -105,6 +105,7 @@ def fit(
             due = update == epoch_end and (update // plan.updates_per_epoch) % settings.save_every == 0
             if due or signum or update == plan.total:
                 training.save(update)
+        signum = signum or _agreed(accelerator, stop)  # it came during the last update or its save
     if signum:
         accelerator.print(
             f"stopped by signal {signum}: update {update} of {plan.total} is saved; "
@@ -214,6 +215,12 @@ def _exchange(
     everyone = gathered.cpu()  # the update's one wait for the device
     means = everyone[:, 2:].mean(0).tolist()
     return dict(zip(logs, means, strict=True)), float(everyone[0, 0]), int(everyone[:, 1].max())
+
+
+def _agreed(accelerator: Accelerator, stop: StopRequest) -> int:
+    """A signal that any process received, 0 for none; the same on all."""
+    received = torch.tensor([stop.signum], device=accelerator.device)
+    return int(accelerator.gather(received).max())
 
 
 def _record(run: RunFolder, settings: LoopSettings, update: int) -> None:

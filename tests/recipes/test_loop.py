@@ -222,6 +222,27 @@ def test_a_signal_at_any_update_then_resume_is_the_uninterrupted_run(
     assert equal_runs(whole, tiny("broken", "--resume", "auto"))
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_is_heard(
+    tiny: Callable[..., Path], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leaven.recipes.common import checkpoint
+
+    plain = checkpoint.save
+
+    def save(folder: Path, update: int, *rest: Any) -> Path:
+        if update == 15:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(folder, update, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        with pytest.raises(SystemExit) as stopped:
+            tiny("broken")
+    assert stopped.value.code == 143
+    assert not Path("broken/final.pt").exists()
+    assert equal_runs(whole, tiny("broken", "--resume", "auto"))
+
+
 def test_the_checkpoint_knows_the_position_in_the_data(tiny: Callable[..., Path], whole: Path) -> None:
     with pytest.raises(SystemExit):
         tiny("broken", "--kill-at", "8")
