@@ -113,6 +113,9 @@ def fit(
         )
         accelerator.end_training()
         sys.exit(exit_code(signum))
+    # accelerate's autocast around the forward pass would stay: what was judged before in float32 is so afterwards.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    vars(objective).pop("forward", None)
 
 
 def _update(

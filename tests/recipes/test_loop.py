@@ -180,6 +180,24 @@ def test_bf16_and_channels_last_train(tiny: Callable[..., Path]) -> None:
     assert final(Path("bf16"))["model"]["backbone.0.weight"].dtype == torch.float32
 
 
+def test_a_trained_objective_is_judged_in_the_precision_that_it_was_judged_in_before(
+    tiny: Callable[..., Path], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, made = recipe(TINY), []
+    plain = module.Tiny.__init__
+
+    def init(self: Any) -> None:
+        plain(self)
+        made.append(self)
+
+    monkeypatch.setattr(module.Tiny, "__init__", init)
+    tiny("bf16", "--mixed-precision", "bf16")
+    seen: list[torch.dtype] = []
+    made[0].backbone[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    made[0](torch.ones(2, 3, 16, 16), mask=torch.ones(2, 1, 16, 16, dtype=torch.bool))
+    assert seen == [torch.float32]
+
+
 @pytest.mark.slow
 def test_a_compiled_run_resumes_exactly(tiny: Callable[..., Path]) -> None:
     flags = ("--compile", "--epochs", "2", "--limit-batches", "3")
