@@ -19,6 +19,10 @@ from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import LoopSettings, differences, not_exactly, on_main
 
 
+# What the flags decide about a group of parameters once; its learning rate and decay are set for every update.
+_CHOSEN = ("betas", "lr_scale")
+
+
 @dataclass
 class Training:
     """Everything that changes during training; learning rate, decay and masks follow from the update."""
@@ -122,7 +126,11 @@ class Training:
 
     def _load(self, state: Mapping[str, Any], *, changed: bool) -> None:
         self.objective.load_state_dict(state["model"])
+        chosen = [{k: group[k] for k in _CHOSEN if k in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        if changed:  # a group comes with the old run's
+            for group, own in zip(self.optimizer.param_groups, chosen, strict=True):
+                group.update(own)
         self.sampler.load_state_dict(state["sampler"], strict=not changed)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

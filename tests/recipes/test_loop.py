@@ -391,6 +391,14 @@ def test_resume_changed_goes_on_where_the_epochs_stand(
     assert final(Path("broken"))["callbacks"]["progress"]["step"] == 30
 
 
+def test_resume_changed_takes_the_new_betas(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(SystemExit):
+        tiny("broken", "--kill-at", "8")
+    tiny("broken", "--resume", "auto", "--resume-changed", "--betas", "0.5,0.75")
+    groups = load(listing(Path("broken/checkpoints"))[0])["optimizer"]["param_groups"]
+    assert [group["betas"] for group in groups] == [(0.5, 0.75)] * 2
+
+
 def test_another_optimizer_or_model_cannot_be_resumed(
     tiny: Callable[..., Path], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

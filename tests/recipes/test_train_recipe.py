@@ -321,6 +321,15 @@ def test_layers_of_the_run_learn_at_their_share(train: Main) -> None:
     assert all(group["lr"] == pytest.approx(groups[-1]["lr"] * group["lr_scale"]) for group in groups)
 
 
+def test_resume_changed_takes_the_new_layer_decay(train: Main) -> None:
+    folder = train("out", "--epochs", "1", "--layer-decay", "0.5")
+    with pytest.warns(UserWarning, match="total_steps"):
+        train("out", "--layer-decay", "0.8", "--resume", "auto", "--resume-changed")
+    groups = load(listing(folder / "checkpoints")[0])["optimizer"]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {0.8**k for k in range(6)}
+    assert all(group["lr"] == pytest.approx(groups[-1]["lr"] * group["lr_scale"]) for group in groups)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_shares_of_the_held_out_images_are_all_of_them_once(n: int) -> None:
     class Numbers:
