@@ -243,6 +243,14 @@ def test_a_dry_run_of_a_network_that_is_built_for_one_size(
     assert "all works here (on noise" in capsys.readouterr().out
 
 
+def test_a_dry_run_hears_what_the_launcher_was_told(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    recipe(TRAIN).main(["--backbone", "test_resnet", "--image-size", "32", "--dry-run"])
+    assert "all works here (on noise" in capsys.readouterr().out
+
+
 # --- nothing but training decides the weights ---------------------------------------------------------------------
 
 
