@@ -60,6 +60,8 @@ def dry_run(
             output_dir=str(run.path),
         )
         data = noise(2 * batch * settings.grad_accum_steps, size, settings.in_chans, classes)
+        if kept := getattr(small, "replay_buffer", 0):  # no more than there are images
+            small = replace(small, **{"replay_buffer": min(kept, len(data.train))})
         train(small, data)
         second, first = listing(run.checkpoints)
         before = load_checkpoint(second)["model"]

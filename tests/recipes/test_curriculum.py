@@ -390,6 +390,14 @@ def test_wrong_flags(
         assert part in lines[0]
 
 
+def test_a_dry_run_has_fewer_images_than_the_replay_buffer(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*FLAGS, "--curriculum", "et_pp", "--replay-buffer", "1000", "--dry-run"]
+    recipe(TRAIN).main(flags)
+    assert "all works here (on noise" in capsys.readouterr().out
+
+
 def test_without_the_callback_nothing_changes() -> None:
     source = ArraySource(torch.zeros(40, 3, 8, 8, dtype=torch.uint8), None)
     sampler = KeyedBatchSampler(40, 4)
