@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -60,8 +60,10 @@ def dry_run(
             output_dir=str(run.path),
         )
         data = noise(2 * batch * settings.grad_accum_steps, size, settings.in_chans, classes)
-        if kept := getattr(small, "replay_buffer", 0):  # no more than there are images
-            small = replace(small, **{"replay_buffer": min(kept, len(data.train))})
+        buffer: dict[str, Any] = {"replay_buffer": min(getattr(small, "replay_buffer", 0), len(data.train))}
+        small = (
+            replace(small, **buffer) if buffer["replay_buffer"] else small
+        )  # no more than there are images
         train(small, data)
         second, first = listing(run.checkpoints)
         before = load_checkpoint(second)["model"]

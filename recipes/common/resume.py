@@ -18,7 +18,6 @@ from leaven.recipes.common.sampler import KeyedBatchSampler
 from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import LoopSettings, differences, not_exactly, on_main
 
-
 # What the flags decide about a group of parameters once; its learning rate and decay are set for every update.
 _CHOSEN = ("betas", "lr_scale")
 
