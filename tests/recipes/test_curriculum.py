@@ -364,6 +364,11 @@ def test_a_replay_buffer_trains_and_is_declared(
         (TRAIN, [*FLAGS, "--replay-buffer", "9"], ["--curriculum et replays nothing"]),
         (
             TRAIN,
+            [*FLAGS, "--replay-buffer", "9", "--curriculum", "et_pp", "--augment-on", "device"],
+            ["--replay-buffer keeps images as they leave the loader", "leave --augment-on device out"],
+        ),
+        (
+            TRAIN,
             [*FLAGS, "--replay-buffer", "1000000000", "--curriculum", "et_pp"],
             ["--replay-buffer 1000000000 is more than the", "images that there are"],
         ),
