@@ -169,6 +169,11 @@ def test_optimizers_that_are_not_there_are_refused() -> None:
         make_optimizer(Net(), LoopSettings(opt="lambs"))
     with pytest.raises(UserError, match=r"--opt sgd does not take betas"):
         make_optimizer(Net(), LoopSettings(opt="sgd", betas=(0.9, 0.95)))
+    with pytest.raises(UserError, match=r"--opt adahessian needs second derivatives"):
+        make_optimizer(Net(), LoopSettings(opt="adahessian"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"--opt fusedadam: CUDA required"):
+            make_optimizer(Net(), LoopSettings(opt="fusedadam"))
     assert make_optimizer(Net(), LoopSettings(opt="lamb", betas=(0.9, 0.95))).defaults["betas"] == (0.9, 0.95)
 
 
