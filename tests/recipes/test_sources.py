@@ -23,7 +23,7 @@ from leaven.recipes.common.decode import BadImage, decode, read_image
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.folders import split_folder
 from leaven.recipes.common.sampler import KeyedBatchSampler
-from leaven.recipes.common.sources import ArraySource, BadImageWarning, FileSource, TooManyBadImages
+from leaven.recipes.common.sources import ArraySource, BadImageWarning, FileSource, Subset, TooManyBadImages
 
 
 def picture(height=10, width=14, seed=0):
@@ -448,6 +448,22 @@ def test_an_unreadable_image_is_replaced_by_the_next_readable_one(tmp_path):
         assert torch.equal(source.image(i), read_image(source.path(j)))
     assert source.bad_count == 3
     assert source.bad_images() == [str(tmp_path / f"00{i}.png") for i in (2, 3, 5)]
+
+
+def test_an_unreadable_image_is_replaced_within_its_part_of_the_images(tmp_path):
+    """By the next one of all it would be a held-out image that is trained on."""
+    source = with_broken(tmp_path, 8, [1, 4, 7])
+    train = Subset(source, np.array([0, 1, 3, 4, 6, 7]))
+    few = Subset(train, np.array([0, 1, 3, 5]))
+    for part, expected in ((train, [0, 3, 3, 6, 6, 0]), (few, [0, 0, 0, 0])):
+        assert [part.label(i) for i in range(len(part))] == expected
+        source._status.zero_()
+        for i, j in enumerate(expected):
+            assert torch.equal(part.image(i), read_image(source.path(j)))
+            assert part.label(i) == j
+        source._status.zero_()
+    with pytest.raises(TooManyBadImages, match=r"^no image that is left to take can be read: .*001.png"):
+        Subset(source, np.array([1, 4])).image(0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
