@@ -24,6 +24,7 @@ from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.folders import split_folder
 from leaven.recipes.common.sampler import KeyedBatchSampler
 from leaven.recipes.common.sources import ArraySource, BadImageWarning, FileSource, Subset, TooManyBadImages
+from leaven.recipes.common.torchvision_sets import TorchvisionSource
 
 
 def picture(height=10, width=14, seed=0):
@@ -614,6 +615,31 @@ def test_fashion_mnist_is_read_where_it_lies(tmp_path, leaven_data):
     assert data.image_size == (64, 64)
     assert "10000 held out (test)" in data.notes[0]
     assert open_data(f"tv:FashionMNIST@{root}").train.image(0).shape == (3, 28, 28)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_in_a_torchvision_set_is_a_bad_image():
+    """Its images come decoded, but not turned: that is left to us, and Pillow raises what it likes."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "hello"
+    file = io.BytesIO()
+    Image.new("RGB", (20, 24)).save(file, "JPEG", exif=exif)
+    whole = file.getvalue()
+    place = whole.index(b"Exif")
+    kinds = set()
+    for at in range(place + 6, place + 50):  # the tags and their types, one byte wrong
+        for byte in (0, 5, 12, 255):
+            damaged = Image.open(io.BytesIO(whole[:at] + bytes([byte]) + whole[at + 1 :]))
+            source = TorchvisionSource(Pairs([(damaged.convert("RGB"), 0)]), "Pairs")
+            try:
+                source.read(0)
+            except BadImage as error:
+                kinds.add(str(error))
+    assert kinds
+
+
+class Pairs(list):
+    targets = (0,)
 
 
 def test_torchvision_mistakes(tmp_path):
