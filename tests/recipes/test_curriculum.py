@@ -15,6 +15,7 @@ import torch
 from recipe_programs import SPARK, TRAIN, rows, same_tensors
 from torch import Tensor
 
+from leaven.callbacks import ResumeWarning
 from leaven.curricula import ET, ET_PP, EfficientTrain, Schedule, Stage
 from leaven.curricula.replay import ReplayBuffer
 from leaven.recipes.common.augment import TrainTransform, random_box
@@ -291,6 +292,29 @@ def test_resume_with_changes_goes_on_at_the_right_batch(
             run(TRAIN, "broken", *flags)
     broken = run(TRAIN, "broken", *flags, "--resume", "auto", "--resume-changed", "--max-bad-images", "11")
     assert rows(whole) == rows(broken)
+
+
+def test_resume_with_longer_epochs_goes_on_at_the_right_size(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Already at the first update: 16 of 24, which was 8 of 12."""
+    import leaven.recipes.common.loop as loop
+
+    flags, plain = [*TRAINING, "--curriculum", "0.5:32,1:64"], loop._gradients
+
+    def gradients(*args: Any) -> Any:
+        if args[4] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_gradients", gradients)
+        with pytest.raises(SystemExit):
+            run(TRAIN, "broken", *flags)
+    with pytest.warns(ResumeWarning):
+        broken = run(TRAIN, "broken", *flags, "--resume", "auto", "--resume-changed", "--limit-batches", "16")
+    sizes = {row["step"]: row["size"] for row in rows(broken)}
+    assert [sizes[step] for step in range(17, 25)] == [64] * 8
 
 
 @pytest.mark.slow
