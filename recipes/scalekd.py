@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     settings = read_settings(ScaleKDSettings, argv, PRESETS, recipe="scalekd")
     distil = partial(train, method=METHOD)
     if settings.dry_run:
-        return dry_run(distil, replace(settings, labels=None, labels_seed=0), classes=10)
+        return dry_run(
+            distil, replace(settings, labels=None, labels_seed=0), classes=classes_of_teacher(settings)
+        )
     if settings.teacher_weights is None:
         raise UserError(
             "--teacher-weights: give FILE or pretrained; a teacher that has learnt nothing teaches nothing"
@@ -142,6 +144,14 @@ def load_teacher(settings: ScaleKDSettings, images: Images) -> tuple[nn.Module, 
         if "mean" in notes:
             moments = json.loads(notes["mean"]), json.loads(notes["std"])
     return teacher, moments
+
+
+def classes_of_teacher(settings: ScaleKDSettings, otherwise: int = 10) -> int:
+    """How many classes the file of ``--teacher-weights`` is for, where there is one and it says so."""
+    if settings.teacher_weights in (None, "pretrained"):
+        return otherwise
+    with user_errors(FileNotFoundError, WeightsMismatch):
+        return int(metadata(str(settings.teacher_weights)).get("num_classes", otherwise))
 
 
 METHOD = Method("scalekd", "ScaleKD", "Fan et al., ScaleKD, NeurIPS 2024", distilled)

@@ -218,6 +218,8 @@ def train(settings: TrainSettings, data: Data, method: Method = SUPERVISED) -> N
         accelerator.print(line)
     with callbacks:
         fit(accelerator, objective, optimizer, loader, forward, plan, settings, run, callbacks)
+        with callbacks.paused():
+            validation.finish()
     if leave_group(accelerator):
         conclude(settings, method, run, images, objective, validation, about, how + lines)
         accelerator.end_training()

@@ -68,6 +68,11 @@ class CurriculumSettings(AverageSettings):
                 f"--curriculum-op {self.curriculum_op} works in the loader: with --augment-on device take fourier"
             )
 
+        if self.replay_buffer and self.augment_on == "device":
+            raise UserError(
+                "--replay-buffer keeps images as they leave the loader, ready: leave --augment-on device out"
+            )
+
     @property
     def loader_op(self) -> str | None:
         """The interpolation by which the loader makes images smaller under the curriculum, if it does."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 
 # What Pillow's readers raise on damaged files; they have no common base.
-_DAMAGED = (
+DAMAGED = (
     OSError,
     SyntaxError,
     ValueError,
@@ -81,7 +81,7 @@ def decode(data: bytes, in_chans: int = 3, reduction: Reduction | None = None) -
             return to_uint8(image, in_chans)
     except UnidentifiedImageError:
         raise BadImage("not an image") from None
-    except (*_DAMAGED, Image.DecompressionBombError) as error:
+    except (*DAMAGED, Image.DecompressionBombError) as error:
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
 
 

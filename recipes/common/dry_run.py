@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -41,7 +41,7 @@ def dry_run(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--dry-run is for one process: leave the launcher out, or give it --num_processes 1")
     print(to_yaml(settings))
-    final_settings(settings, 1, os.environ)  # what a real run would refuse
+    settings = final_settings(settings, 1, os.environ)  # or what a real run would refuse
     size = settings.image_size or (64, 64)
     batch = min(settings.batch_size, 4)
     with tempfile.TemporaryDirectory(prefix="leaven-dry-run-") as folder:
@@ -51,7 +51,6 @@ def dry_run(
             epochs=2,
             warmup_epochs=min(settings.warmup_epochs, 1.0),
             batch_size=batch,
-            global_batch_size=None,
             limit_batches=settings.grad_accum_steps,
             workers=0,
             save_every=1,
@@ -61,6 +60,10 @@ def dry_run(
             output_dir=str(run.path),
         )
         data = noise(2 * batch * settings.grad_accum_steps, size, settings.in_chans, classes)
+        buffer: dict[str, Any] = {"replay_buffer": min(getattr(small, "replay_buffer", 0), len(data.train))}
+        small = (
+            replace(small, **buffer) if buffer["replay_buffer"] else small
+        )  # no more than there are images
         train(small, data)
         second, first = listing(run.checkpoints)
         before = load_checkpoint(second)["model"]

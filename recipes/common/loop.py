@@ -105,6 +105,7 @@ def fit(
             due = update == epoch_end and (update // plan.updates_per_epoch) % settings.save_every == 0
             if due or signum or update == plan.total:
                 training.save(update)
+        signum = signum or _agreed(accelerator, stop)  # it came during the last update or its save
     if signum:
         accelerator.print(
             f"stopped by signal {signum}: update {update} of {plan.total} is saved; "
@@ -112,6 +113,9 @@ def fit(
         )
         accelerator.end_training()
         sys.exit(exit_code(signum))
+    # accelerate's autocast around the forward pass would stay: what was judged before in float32 is so afterwards.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    vars(objective).pop("forward", None)
 
 
 def _update(
@@ -214,6 +218,12 @@ def _exchange(
     everyone = gathered.cpu()  # the update's one wait for the device
     means = everyone[:, 2:].mean(0).tolist()
     return dict(zip(logs, means, strict=True)), float(everyone[0, 0]), int(everyone[:, 1].max())
+
+
+def _agreed(accelerator: Accelerator, stop: StopRequest) -> int:
+    """A signal that any process received, 0 for none; the same on all."""
+    received = torch.tensor([stop.signum], device=accelerator.device)
+    return int(accelerator.gather(received).max())
 
 
 def _record(run: RunFolder, settings: LoopSettings, update: int) -> None:

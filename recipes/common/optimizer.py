@@ -28,7 +28,7 @@ def make_optimizer(
         lr_scales: parameter name -> share of the learning rate, as `set_schedule` keeps it; see `layer_scales`.
 
     Raises:
-        UserError: unknown name, or an optimizer that has no betas where some are given.
+        UserError: unknown name, an optimizer that cannot be had here, or one that has no betas where some are given.
     """
     import timm.optim
 
@@ -39,6 +39,8 @@ def make_optimizer(
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--opt {settings.opt}: timm has no such optimizer{hint}")
+    if optim.get_optimizer_info(name).second_order:
+        raise UserError(f"--opt {settings.opt} needs second derivatives, which no recipe computes")
     if settings.betas is not None and not optim.get_optimizer_info(name).has_betas:
         raise UserError(f"--opt {settings.opt} does not take betas: add --betas none")
     kwargs: dict[str, Any] = {} if settings.betas is None else {"betas": settings.betas}
@@ -52,7 +54,11 @@ def make_optimizer(
         optimizer: Optimizer = optim.create_optimizer_v2(
             groups, name, lr=settings.lr, weight_decay=decay, **kwargs
         )
-    except ValueError as error:  # a rate or a decay out of range
+    except (
+        ValueError,
+        ImportError,
+        AssertionError,
+    ) as error:  # a rate out of range, or what timm needs is not here
         raise UserError(f"--opt {settings.opt}: {error}") from error
     if clips_itself(optimizer):
         optimizer.defaults["max_grad_norm"] = settings.clip_grad  # where LAMB's step reads it

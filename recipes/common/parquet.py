@@ -24,7 +24,7 @@ from torch import Tensor
 from leaven.recipes.common.decode import BadImage, Reduction, decode
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.sampler import LANES
-from leaven.recipes.common.sources import LostData, TolerantSource
+from leaven.recipes.common.sources import LostData, TolerantSource, first_readable
 
 T = TypeVar("T")
 
@@ -125,8 +125,8 @@ class ParquetSource(TolerantSource):
         """The class of `image(index)`, None where there is none."""
         if self.columns.label is None:
             return None
-        if self._status[index] != self._GOOD:
-            index = self._first_readable(index)[0]
+        if not self.known_good(index):
+            index = first_readable(self, index)[0]
         row, table = self._row(index)
         return self.columns.number(table[self.columns.label][row].as_py())
 

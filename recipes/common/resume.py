@@ -18,6 +18,9 @@ from leaven.recipes.common.sampler import KeyedBatchSampler
 from leaven.recipes.common.schedule import Plan
 from leaven.recipes.common.start import LoopSettings, differences, not_exactly, on_main
 
+# What the flags decide about a group of parameters once; its learning rate and decay are set for every update.
+_CHOSEN = ("betas", "lr_scale")
+
 
 @dataclass
 class Training:
@@ -88,22 +91,20 @@ class Training:
         for note in notes:
             self.accelerator.print(f"warning: {note}")
         state = read.pop(path, None) or checkpoint.load(path)
-        changed = self._changes(state)
+        changed, update = self._changes(state), int(state["update"])
+        if changed:
+            update = round(update / state["updates_per_epoch"] * self.plan.updates_per_epoch)
         try:
-            self._load(state, changed=bool(changed))
+            self._load(state, update, changed=bool(changed))
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"checkpoint {path} does not fit this model or optimizer: {reason}"
             ) from error
-        update = int(state["update"])
         if changed:
-            update = round(update / state["updates_per_epoch"] * self.plan.updates_per_epoch)
             self.sampler.epoch, within = divmod(update, self.plan.updates_per_epoch)
             taken = range(update - within, update)
             self.sampler.position = sum(map(self.plan.micro_steps, taken))  # fewer under a curriculum
-            if self.callbacks is not None:
-                self.callbacks.progress.step = update
         self.accelerator.print(f"resumed from {path}: {update} of {self.plan.total} updates done")
         return update
 
@@ -120,14 +121,20 @@ class Training:
         self.accelerator.print(f"warning: resuming with changes, not bit-equal: {', '.join(changed)}")
         return changed
 
-    def _load(self, state: Mapping[str, Any], *, changed: bool) -> None:
+    def _load(self, state: Mapping[str, Any], update: int, *, changed: bool) -> None:
         self.objective.load_state_dict(state["model"])
+        chosen = [{k: group[k] for k in _CHOSEN if k in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        if changed:  # a group comes with the old run's
+            for group, own in zip(self.optimizer.param_groups, chosen, strict=True):
+                group.update(own)
         self.sampler.load_state_dict(state["sampler"], strict=not changed)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.callbacks is not None and state["callbacks"] is not None:
-            self.callbacks.load_state_dict(state["callbacks"])
+        if self.callbacks is not None and (callbacks := state["callbacks"]) is not None:
+            if changed:  # they go by it from the first update on
+                callbacks = callbacks | {"progress": callbacks["progress"] | {"step": update}}
+            self.callbacks.load_state_dict(callbacks)
         rank = self.accelerator.process_index
         if rank < len(state["random"]):
             set_random_state(state["random"][rank], self.accelerator.device)

@@ -135,7 +135,7 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         buffer: samples that are shuffled together, where there are blocks.
 
     Raises:
-        UserError: less than one batch per epoch.
+        UserError: less than one batch per epoch, with `drop_last`.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         self.shuffle, self.drop_last, self.repeats = shuffle, drop_last, repeats
         self.blocks, self.buffer = blocks, buffer
         self.epoch, self.position = epoch, position
-        if len(self) == 0:
+        if len(self) == 0 and drop_last:
             raise UserError(
                 f"{n} images do not fill one batch of {batch_size} on each of {world_size} process(es); "
                 "lower --batch-size, or --global-batch-size where that is given"

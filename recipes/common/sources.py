@@ -3,7 +3,8 @@
 Unreadable images are replaced, not dropped: image i and label i of a source are those of the first
 readable image from i on. That is a function of the files alone, so it is the same in every worker, on
 every rank and after a resume, and nothing has to be scanned before training starts. The price: that
-neighbour is seen twice per epoch.
+neighbour is seen twice per epoch. In a `Subset` it is the next one of the subset: what is held out of
+training must not come back into it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,29 +119,36 @@ class TolerantSource:
         Raises:
             TooManyBadImages: more than `max_bad_images` were found unreadable.
         """
-        return self._first_readable(index, reduction)[1]
+        return first_readable(self, index, reduction)[1]
 
     def label(self, index: int) -> int | None:
         """The class of `image(index)`, None where there is none."""
         if self.labels is None:
             return None
-        known_good = self._status[index] == self._GOOD
-        return int(self.labels[index if known_good else self._first_readable(index)[0]])
+        return int(self.labels[index if self.known_good(index) else first_readable(self, index)[0]])
 
-    def _first_readable(self, index: int, reduction: Reduction | None = None) -> tuple[int, Tensor]:
+    def known_good(self, index: int) -> bool:
+        """Whether image `index` has been read already."""
+        return bool(self._status[index] == self._GOOD)
+
+    def attempt(self, index: int, reduction: Reduction | None = None) -> Tensor | None:
+        """Image `index` itself, None if it is unreadable.
+
+        Raises:
+            TooManyBadImages: more than `max_bad_images` were found unreadable.
+        """
         status = self._status.numpy()
-        while True:
-            if status[index] != self._BAD:
-                try:
-                    image = self.read(index, reduction)
-                except BadImage:
-                    status[index] = self._BAD
-                    if self.bad_count > self.max_bad_images or self.bad_count == len(self):
-                        raise self.too_many() from None
-                else:
-                    status[index] = self._GOOD
-                    return index, image
-            index = (index + 1) % len(self)
+        if status[index] == self._BAD:
+            return None
+        try:
+            image = self.read(index, reduction)
+        except BadImage:
+            status[index] = self._BAD
+            if self.bad_count > self.max_bad_images:
+                raise self.too_many() from None
+            return None
+        status[index] = self._GOOD
+        return image
 
     @property
     def bad_count(self) -> int:
@@ -185,10 +194,27 @@ class TolerantSource:
         names = ", ".join([why, *map(self.name, others)])
         if self.bad_count == len(self):
             return TooManyBadImages(f"none of the {len(self)} images of this split can be read: {names}")
+        if self.bad_count <= self.max_bad_images:
+            return TooManyBadImages(f"no image that is left to take can be read: {names}")
         return TooManyBadImages(
             f"{self.bad_count} unreadable images, more than --max-bad-images {self.max_bad_images}: {names}"
             f"{', ...' if self.bad_count > NAMED else ''}; repair or remove them, or allow more"
         )
+
+
+def first_readable(source: Any, index: int, reduction: Reduction | None = None) -> tuple[int, Tensor]:
+    """The first readable image of a tolerant source, or of a subset of one, from `index` on, and its place.
+
+    Raises:
+        TooManyBadImages: see `TolerantSource.attempt`; or there is none.
+    """
+    for place in chain(range(index, len(source)), range(index)):
+        image = source.attempt(place, reduction)
+        if image is not None:
+            return place, image
+    while not isinstance(source, TolerantSource):
+        source = source.source
+    raise source.too_many()
 
 
 def show_path(path: str | bytes) -> str:
@@ -270,10 +296,29 @@ class Subset:
         return counts[counts > 0]
 
     def image(self, index: int, reduction: Reduction | None = None) -> Tensor:
-        return self.source.image(int(self.indices[index]), reduction)
+        if not self._tolerant:
+            return self.source.image(int(self.indices[index]), reduction)
+        return first_readable(self, index, reduction)[1]
 
     def label(self, index: int) -> int | None:
+        if self._tolerant and not self.known_good(index):
+            index = first_readable(self, index)[0]
         return self.source.label(int(self.indices[index]))
+
+    @property
+    def _tolerant(self) -> bool:
+        return getattr(self.source, "_tolerant", isinstance(self.source, TolerantSource))
+
+    def known_good(self, index: int) -> bool:
+        """As in `TolerantSource`."""
+        source: Any = self.source
+        return bool(source.known_good(int(self.indices[index])))
+
+    def attempt(self, index: int, reduction: Reduction | None = None) -> Tensor | None:
+        """As in `TolerantSource`."""
+        source: Any = self.source
+        image: Tensor | None = source.attempt(int(self.indices[index]), reduction)
+        return image
 
 
 def digits(seed: int, in_chans: int) -> tuple[ArraySource, ArraySource]:

@@ -69,18 +69,26 @@ def read_settings(
 ) -> S:
     """`parse`; with ``--resume FOLDER`` the folder's own config.yaml lies below the flags."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    settings = parse(settings_class, argv, presets=presets)
-    if settings.resume not in (None, "auto"):
-        config = Path(str(settings.resume)) / "config.yaml"
+    resume = _resumed(argv) or parse(settings_class, argv, presets=presets).resume
+    if resume not in (None, "auto"):
+        config = Path(resume) / "config.yaml"
         if config.is_file():
             known = RunFolder(config.parent).made_by
             made = known[0] if known else recipe
             if recipe and made != recipe:
-                raise UserError(
-                    f"--resume {settings.resume} is a run of recipes/{made}.py, and this is {recipe}.py"
-                )
-            settings = parse(settings_class, ["--config", str(config), *argv], presets=presets)
-    return settings
+                raise UserError(f"--resume {resume} is a run of recipes/{made}.py, and this is {recipe}.py")
+            argv = ["--config", str(config), *argv]
+    return parse(settings_class, argv, presets=presets)
+
+
+def _resumed(argv: Sequence[str]) -> str | None:
+    """The ``--resume`` of a command line whose flags need not make sense without the settings of that folder."""
+    given = None
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name == "--resume":
+            given = value if equals else following
+    return given
 
 
 def start(settings: S, recipe: str) -> tuple[Accelerator, RunFolder, S]:

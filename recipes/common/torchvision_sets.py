@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from leaven.recipes.common.decode import BadImage, Reduction, to_uint8
+from leaven.recipes.common.decode import DAMAGED, BadImage, Reduction, to_uint8
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.sources import TolerantSource, show_path
 
@@ -33,8 +33,8 @@ class TorchvisionSource(TolerantSource):
     def read(self, index: int, reduction: Reduction | None = None) -> Tensor:
         try:
             return to_uint8(self.dataset[index][0], self.in_chans)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadImage(" ".join(str(error).split())) from None
+        except DAMAGED as error:
+            raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
 
     def name(self, index: int) -> str:
         return f"image {index} of {self._name}"

@@ -52,6 +52,14 @@ class Validation(Callback):
         if step % self.every == 0 or step == self._progress.total_steps:
             self.scores, self._measured = self.measure(), step
 
+    def finish(self) -> None:
+        """Measure the end of the training, where `update` has not; to be called by all processes.
+
+        Steps that GradScaler skipped are not counted, and with them the count ends before the last update.
+        """
+        if self._measured != self._progress.step:
+            self.scores, self._measured = self.measure(), self._progress.step
+
     def measure(self) -> dict[str, float]:
         """The accuracies now; to be called by all processes."""
         models: dict[str, Any] = {"": self._model}

@@ -35,6 +35,15 @@ def test_weights_are_fed_as_they_were_trained(tmp_path: Path) -> None:
     assert (plain.mean, plain.std) == (data.mean, data.std)
 
 
+def test_a_process_may_have_no_held_out_image() -> None:
+    """As where there are fewer of them than processes."""
+    source = ArraySource(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), [0, 1])
+    data = Data("two", "folder", source, source, ("a", "b"), (0.5,) * 3, (0.5,) * 3, (8, 8))
+    images = Images(data, ImageSettings(workers=0), (8, 8), data.mean, data.std)
+    labels = [[int(y) for _, batch in images.whole(source, 2, share=(i, 3)) for y in batch] for i in range(3)]
+    assert labels == [[0], [1], []]
+
+
 @pytest.mark.parametrize("n", [20, 100, 1000])
 def test_statistics_are_taken_from_batches_of_all_classes(n: int) -> None:
     """Images lie class by class, as in a folder: all of the variance is between the classes."""

@@ -15,6 +15,7 @@ import torch
 from recipe_programs import SPARK, TRAIN, rows, same_tensors
 from torch import Tensor
 
+from leaven.callbacks import ResumeWarning
 from leaven.curricula import ET, ET_PP, EfficientTrain, Schedule, Stage
 from leaven.curricula.replay import ReplayBuffer
 from leaven.recipes.common.augment import TrainTransform, random_box
@@ -293,6 +294,29 @@ def test_resume_with_changes_goes_on_at_the_right_batch(
     assert rows(whole) == rows(broken)
 
 
+def test_resume_with_longer_epochs_goes_on_at_the_right_size(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Already at the first update: 16 of 24, which was 8 of 12."""
+    import leaven.recipes.common.loop as loop
+
+    flags, plain = [*TRAINING, "--curriculum", "0.5:32,1:64"], loop._gradients
+
+    def gradients(*args: Any) -> Any:
+        if args[4] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_gradients", gradients)
+        with pytest.raises(SystemExit):
+            run(TRAIN, "broken", *flags)
+    with pytest.warns(ResumeWarning):
+        broken = run(TRAIN, "broken", *flags, "--resume", "auto", "--resume-changed", "--limit-batches", "16")
+    sizes = {row["step"]: row["size"] for row in rows(broken)}
+    assert [sizes[step] for step in range(17, 25)] == [64] * 8
+
+
 @pytest.mark.slow
 def test_spark_under_the_curriculum(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[int, int]] = []
@@ -364,6 +388,11 @@ def test_a_replay_buffer_trains_and_is_declared(
         (TRAIN, [*FLAGS, "--replay-buffer", "9"], ["--curriculum et replays nothing"]),
         (
             TRAIN,
+            [*FLAGS, "--replay-buffer", "9", "--curriculum", "et_pp", "--augment-on", "device"],
+            ["--replay-buffer keeps images as they leave the loader", "leave --augment-on device out"],
+        ),
+        (
+            TRAIN,
             [*FLAGS, "--replay-buffer", "1000000000", "--curriculum", "et_pp"],
             ["--replay-buffer 1000000000 is more than the", "images that there are"],
         ),
@@ -388,6 +417,14 @@ def test_wrong_flags(
     assert len(lines) == 1
     for part in parts:
         assert part in lines[0]
+
+
+def test_a_dry_run_has_fewer_images_than_the_replay_buffer(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*FLAGS, "--curriculum", "et_pp", "--replay-buffer", "1000", "--dry-run"]
+    recipe(TRAIN).main(flags)
+    assert "all works here (on noise" in capsys.readouterr().out
 
 
 def test_without_the_callback_nothing_changes() -> None:

@@ -180,6 +180,24 @@ def test_bf16_and_channels_last_train(tiny: Callable[..., Path]) -> None:
     assert final(Path("bf16"))["model"]["backbone.0.weight"].dtype == torch.float32
 
 
+def test_a_trained_objective_is_judged_in_the_precision_that_it_was_judged_in_before(
+    tiny: Callable[..., Path], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, made = recipe(TINY), []
+    plain = module.Tiny.__init__
+
+    def init(self: Any) -> None:
+        plain(self)
+        made.append(self)
+
+    monkeypatch.setattr(module.Tiny, "__init__", init)
+    tiny("bf16", "--mixed-precision", "bf16")
+    seen: list[torch.dtype] = []
+    made[0].backbone[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    made[0](torch.ones(2, 3, 16, 16), mask=torch.ones(2, 1, 16, 16, dtype=torch.bool))
+    assert seen == [torch.float32]
+
+
 @pytest.mark.slow
 def test_a_compiled_run_resumes_exactly(tiny: Callable[..., Path]) -> None:
     flags = ("--compile", "--epochs", "2", "--limit-batches", "3")
@@ -219,6 +237,27 @@ def test_a_signal_at_any_update_then_resume_is_the_uninterrupted_run(
     assert stopped.value.code == 128 + getattr(signal, name)
     assert listing(Path("broken/checkpoints"))[0].name == f"update-{update:09d}.pt"
     assert len(log_of(Path("broken"))) == update
+    assert equal_runs(whole, tiny("broken", "--resume", "auto"))
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_is_heard(
+    tiny: Callable[..., Path], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leaven.recipes.common import checkpoint
+
+    plain = checkpoint.save
+
+    def save(folder: Path, update: int, *rest: Any) -> Path:
+        if update == 15:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(folder, update, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        with pytest.raises(SystemExit) as stopped:
+            tiny("broken")
+    assert stopped.value.code == 143
+    assert not Path("broken/final.pt").exists()
     assert equal_runs(whole, tiny("broken", "--resume", "auto"))
 
 
@@ -350,6 +389,14 @@ def test_resume_changed_goes_on_where_the_epochs_stand(
     assert "16 of 30 updates done" in said
     assert log_of(Path("broken"))[-1]["step"] == 30
     assert final(Path("broken"))["callbacks"]["progress"]["step"] == 30
+
+
+def test_resume_changed_takes_the_new_betas(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(SystemExit):
+        tiny("broken", "--kill-at", "8")
+    tiny("broken", "--resume", "auto", "--resume-changed", "--betas", "0.5,0.75")
+    groups = load(listing(Path("broken/checkpoints"))[0])["optimizer"]["param_groups"]
+    assert [group["betas"] for group in groups] == [(0.5, 0.75)] * 2
 
 
 def test_another_optimizer_or_model_cannot_be_resumed(

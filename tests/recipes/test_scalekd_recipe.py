@@ -8,6 +8,7 @@ import pytest
 import torch
 from recipe_programs import SCALEKD, TRAIN, rows, same_tensors
 
+from leaven.backbones import create, save
 from leaven.recipes.common.checkpoint import listing, load
 from leaven.recipes.common.flags import run_main
 
@@ -117,6 +118,15 @@ def test_images_that_do_not_suit_the_teacher_are_refused_before_training(
 def test_a_dry_run_labels_its_noise(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     recipe(SCALEKD).main([*STUDENT[:-1], "--image-size", "32", "--labels", "10%", "--dry-run"])
     assert "exported weights load into the plain backbone" in capsys.readouterr().out
+
+
+def test_a_dry_run_has_the_classes_of_the_teachers_file(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = create("test_vit", num_classes=7, image_size=32)
+    save(teacher, "teacher.safetensors", name="test_vit", metadata={"num_classes": 7})
+    recipe(SCALEKD).main([*STUDENT, "teacher.safetensors", "--image-size", "32", "--dry-run"])
+    assert "all works here (on noise" in capsys.readouterr().out
 
 
 def test_a_teacher_of_no_family_is_refused(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

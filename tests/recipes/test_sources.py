@@ -23,7 +23,8 @@ from leaven.recipes.common.decode import BadImage, decode, read_image
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.folders import split_folder
 from leaven.recipes.common.sampler import KeyedBatchSampler
-from leaven.recipes.common.sources import ArraySource, BadImageWarning, FileSource, TooManyBadImages
+from leaven.recipes.common.sources import ArraySource, BadImageWarning, FileSource, Subset, TooManyBadImages
+from leaven.recipes.common.torchvision_sets import TorchvisionSource
 
 
 def picture(height=10, width=14, seed=0):
@@ -450,6 +451,22 @@ def test_an_unreadable_image_is_replaced_by_the_next_readable_one(tmp_path):
     assert source.bad_images() == [str(tmp_path / f"00{i}.png") for i in (2, 3, 5)]
 
 
+def test_an_unreadable_image_is_replaced_within_its_part_of_the_images(tmp_path):
+    """By the next one of all it would be a held-out image that is trained on."""
+    source = with_broken(tmp_path, 8, [1, 4, 7])
+    train = Subset(source, np.array([0, 1, 3, 4, 6, 7]))
+    few = Subset(train, np.array([0, 1, 3, 5]))
+    for part, expected in ((train, [0, 3, 3, 6, 6, 0]), (few, [0, 0, 0, 0])):
+        assert [part.label(i) for i in range(len(part))] == expected
+        source._status.zero_()
+        for i, j in enumerate(expected):
+            assert torch.equal(part.image(i), read_image(source.path(j)))
+            assert part.label(i) == j
+        source._status.zero_()
+    with pytest.raises(TooManyBadImages, match=r"^no image that is left to take can be read: .*001.png"):
+        Subset(source, np.array([1, 4])).image(0)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_images_are_named_once_and_training_goes_on(tmp_path, workers):
     source = with_broken(tmp_path, 24, [4, 9, 23])
@@ -598,6 +615,31 @@ def test_fashion_mnist_is_read_where_it_lies(tmp_path, leaven_data):
     assert data.image_size == (64, 64)
     assert "10000 held out (test)" in data.notes[0]
     assert open_data(f"tv:FashionMNIST@{root}").train.image(0).shape == (3, 28, 28)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_in_a_torchvision_set_is_a_bad_image():
+    """Its images come decoded, but not turned: that is left to us, and Pillow raises what it likes."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "hello"
+    file = io.BytesIO()
+    Image.new("RGB", (20, 24)).save(file, "JPEG", exif=exif)
+    whole = file.getvalue()
+    place = whole.index(b"Exif")
+    kinds = set()
+    for at in range(place + 6, place + 50):  # the tags and their types, one byte wrong
+        for byte in (0, 5, 12, 255):
+            damaged = Image.open(io.BytesIO(whole[:at] + bytes([byte]) + whole[at + 1 :]))
+            source = TorchvisionSource(Pairs([(damaged.convert("RGB"), 0)]), "Pairs")
+            try:
+                source.read(0)
+            except BadImage as error:
+                kinds.add(str(error))
+    assert kinds
+
+
+class Pairs(list):
+    targets = (0,)
 
 
 def test_torchvision_mistakes(tmp_path):

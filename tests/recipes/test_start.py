@@ -13,6 +13,7 @@ from torch import nn
 from leaven.recipes.common.flags import UserError
 from leaven.recipes.common.launcher import Launcher
 from leaven.recipes.common.optimizer import clips_itself, make_optimizer
+from leaven.recipes.common.pretraining import PretrainSettings
 from leaven.recipes.common.start import LoopSettings, on_main, read_settings, resolve, start, tracker_names
 
 
@@ -67,6 +68,15 @@ def test_a_resumed_run_starts_from_its_own_settings(tmp_path: Path) -> None:
     settings = read_settings(LoopSettings, ["--resume", str(tmp_path), "--lr", "0.5"])
     assert (settings.epochs, settings.lr, settings.betas) == (7, 0.5, (0.9, 0.95))
     assert read_settings(LoopSettings, ["--resume", "auto"]).epochs == LoopSettings().epochs
+
+
+@pytest.mark.parametrize("flags", [["--resume", "{}"], ["--resume={}"]])
+def test_a_flag_that_needs_another_finds_it_in_the_resumed_folder(tmp_path: Path, flags: list[str]) -> None:
+    (tmp_path / "config.yaml").write_text("callbacks: [knn]\n")
+    flags = [flag.format(tmp_path) for flag in flags]
+    assert read_settings(PretrainSettings, [*flags, "--eval-every", "2"]).callbacks == ("knn",)
+    with pytest.raises(UserError, match="add --callbacks knn"):
+        read_settings(PretrainSettings, [*flags, "--eval-every", "2", "--callbacks", "ema"])
 
 
 def test_fp16_on_a_cpu_is_refused(recipe: Callable[[Path], ModuleType], tmp_path: Path) -> None:
@@ -159,6 +169,11 @@ def test_optimizers_that_are_not_there_are_refused() -> None:
         make_optimizer(Net(), LoopSettings(opt="lambs"))
     with pytest.raises(UserError, match=r"--opt sgd does not take betas"):
         make_optimizer(Net(), LoopSettings(opt="sgd", betas=(0.9, 0.95)))
+    with pytest.raises(UserError, match=r"--opt adahessian needs second derivatives"):
+        make_optimizer(Net(), LoopSettings(opt="adahessian"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"--opt fusedadam: CUDA required"):
+            make_optimizer(Net(), LoopSettings(opt="fusedadam"))
     assert make_optimizer(Net(), LoopSettings(opt="lamb", betas=(0.9, 0.95))).defaults["betas"] == (0.9, 0.95)
 
 

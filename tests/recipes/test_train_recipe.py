@@ -243,6 +243,14 @@ def test_a_dry_run_of_a_network_that_is_built_for_one_size(
     assert "all works here (on noise" in capsys.readouterr().out
 
 
+def test_a_dry_run_hears_what_the_launcher_was_told(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    recipe(TRAIN).main(["--backbone", "test_resnet", "--image-size", "32", "--dry-run"])
+    assert "all works here (on noise" in capsys.readouterr().out
+
+
 # --- nothing but training decides the weights ---------------------------------------------------------------------
 
 
@@ -254,6 +262,26 @@ def test_validation_does_not_change_training(train: Main) -> None:
     assert same_tensors(ends[0]["model"], ends[1]["model"])
     losses = [[row["loss"] for row in rows(folder)] for folder in (often, never)]
     assert losses[0] == losses[1]
+
+
+def test_a_skipped_step_does_not_leave_out_the_last_measurement(
+    train: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GradScaler skips the first steps under fp16: the last update is then never counted."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    steps, plain = [], AcceleratedOptimizer.step
+
+    def step(self: AcceleratedOptimizer) -> None:
+        steps.append(self)
+        if len(steps) > 1:
+            plain(self)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    folder = train("out", "--epochs", "1", "--model-ema-decay", "0.5")
+    card = (folder / "README.md").read_text()
+    assert "held-out top1" in card
+    assert "held-out ema top1" in card
 
 
 def test_sigterm_and_resume_are_the_uninterrupted_run(train: Main, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +326,15 @@ def test_layers_of_the_run_learn_at_their_share(train: Main) -> None:
     groups = load(listing(folder / "checkpoints")[0])["optimizer"]["param_groups"]
     # test_resnet: stem, four stages of a block each, classifier.
     assert {group["lr_scale"] for group in groups} == {0.5**k for k in range(6)}
+    assert all(group["lr"] == pytest.approx(groups[-1]["lr"] * group["lr_scale"]) for group in groups)
+
+
+def test_resume_changed_takes_the_new_layer_decay(train: Main) -> None:
+    folder = train("out", "--epochs", "1", "--layer-decay", "0.5")
+    with pytest.warns(UserWarning, match="total_steps"):
+        train("out", "--layer-decay", "0.8", "--resume", "auto", "--resume-changed")
+    groups = load(listing(folder / "checkpoints")[0])["optimizer"]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {0.8**k for k in range(6)}
     assert all(group["lr"] == pytest.approx(groups[-1]["lr"] * group["lr_scale"]) for group in groups)
 
 
