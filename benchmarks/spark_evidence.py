@@ -114,12 +114,12 @@ def exploration() -> list[list[Run]]:
     And the learning rates of the second, which differ most between its arms, at all of the labels too.
     """
     chains = [judged("width128-long", net) for net in NETS]
-    chains += [judged(variant) for variant in EXPLORED if "long" not in variant]
+    chains += [judged("width128-cell8"), judged("width128-cell32"), untrained(NETS[0], 0)]
+    chains += [judged(variant) for variant in ("width128-ratio45", "width256", "width128-ratio75")]
     start = pretrain("photos", NETS[1], TUNE, "width128", SPLIT)
     for known, first in ((judged("width128", NETS[1]), start), (untrained(NETS[1], 0), None)):
         more = [finetune("photos", NETS[1], "100%", TUNE, lr, first, split=SPLIT) for lr in RATES]
         chains.append(list(dict.fromkeys([*known, *more])))
-    chains.append(untrained(NETS[0], 0))
     return chains + [untrained(net, more) for more in (40, 160) for net in NETS]  # the dearest last
 
 
