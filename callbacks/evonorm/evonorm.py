@@ -101,11 +101,8 @@ class EvoNorm(Callback):
         if genome is None:
             self.factory: Any = partial(evo_norm, kind, groups=groups, **kwargs)
         else:
-            genome = (
-                genome
-                if isinstance(genome, Genome)
-                else Genome.from_json(Path(genome).read_text(encoding="utf-8"))
-            )
+            if not isinstance(genome, Genome):
+                genome = Genome.from_json(Path(genome).read_text(encoding="utf-8"))
             self.factory = partial(evolved_norm, genome, groups=groups, **kwargs)
         self.factory(1)  # says what is wrong now and not in the middle of surgery
         self.kind = kind if genome is None else f"genome {genome.key}"

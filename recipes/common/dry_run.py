@@ -60,10 +60,9 @@ def dry_run(
             output_dir=str(run.path),
         )
         data = noise(2 * batch * settings.grad_accum_steps, size, settings.in_chans, classes)
-        buffer: dict[str, Any] = {"replay_buffer": min(getattr(small, "replay_buffer", 0), len(data.train))}
-        small = (
-            replace(small, **buffer) if buffer["replay_buffer"] else small
-        )  # no more than there are images
+        if kept := getattr(small, "replay_buffer", 0):  # no more than there are images
+            buffer: dict[str, Any] = {"replay_buffer": min(kept, len(data.train))}
+            small = replace(small, **buffer)
         train(small, data)
         second, first = listing(run.checkpoints)
         before = load_checkpoint(second)["model"]

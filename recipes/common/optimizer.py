@@ -54,11 +54,8 @@ def make_optimizer(
         optimizer: Optimizer = optim.create_optimizer_v2(
             groups, name, lr=settings.lr, weight_decay=decay, **kwargs
         )
-    except (
-        ValueError,
-        ImportError,
-        AssertionError,
-    ) as error:  # a rate out of range, or what timm needs is not here
+    # A rate or a decay out of range, or what timm needs for it is not here.
+    except (ValueError, ImportError, AssertionError) as error:
         raise UserError(f"--opt {settings.opt}: {error}") from error
     if clips_itself(optimizer):
         optimizer.defaults["max_grad_norm"] = settings.clip_grad  # where LAMB's step reads it

@@ -3,7 +3,8 @@
 import io
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -272,24 +273,32 @@ def test_resume_in_every_stage_is_the_uninterrupted_run(
     assert "EfficientTrain (et_pp): [(32, 32), (48, 48), (64, 64)] by " + op in capsys.readouterr().out
 
 
-def test_resume_with_changes_goes_on_at_the_right_batch(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An update has one batch here, not two. What is changed has no say in the numbers."""
+@contextmanager
+def ended_in(update: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run within is told to end while it computes this update."""
     import leaven.recipes.common.loop as loop
 
-    flags = [*TRAINING, "--curriculum", "et"]
-    whole, plain = run(TRAIN, "whole", *flags), loop._gradients
+    plain = loop._gradients
 
     def gradients(*args: Any) -> Any:
-        if args[4] == 2:
+        if args[4] == update:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_gradients", gradients)
         with pytest.raises(SystemExit):
-            run(TRAIN, "broken", *flags)
+            yield
+
+
+def test_resume_with_changes_goes_on_at_the_right_batch(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update has one batch here, not two. What is changed has no say in the numbers."""
+    flags = [*TRAINING, "--curriculum", "et"]
+    whole = run(TRAIN, "whole", *flags)
+    with ended_in(2, monkeypatch):
+        run(TRAIN, "broken", *flags)
     broken = run(TRAIN, "broken", *flags, "--resume", "auto", "--resume-changed", "--max-bad-images", "11")
     assert rows(whole) == rows(broken)
 
@@ -298,19 +307,9 @@ def test_resume_with_longer_epochs_goes_on_at_the_right_size(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Already at the first update: 16 of 24, which was 8 of 12."""
-    import leaven.recipes.common.loop as loop
-
-    flags, plain = [*TRAINING, "--curriculum", "0.5:32,1:64"], loop._gradients
-
-    def gradients(*args: Any) -> Any:
-        if args[4] == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_gradients", gradients)
-        with pytest.raises(SystemExit):
-            run(TRAIN, "broken", *flags)
+    flags = [*TRAINING, "--curriculum", "0.5:32,1:64"]
+    with ended_in(7, monkeypatch):
+        run(TRAIN, "broken", *flags)
     with pytest.warns(ResumeWarning):
         broken = run(TRAIN, "broken", *flags, "--resume", "auto", "--resume-changed", "--limit-batches", "16")
     sizes = {row["step"]: row["size"] for row in rows(broken)}
