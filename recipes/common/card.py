@@ -59,7 +59,7 @@ def write_card(
         "## Use",
         "",
         "```python",
-        *rebuild(run.backbone, backbone, in_chans, num_classes),
+        *lines_of_use(run.backbone, backbone, in_chans, num_classes),
         "```",
         "",
         "## Results",
@@ -85,7 +85,7 @@ def write_card(
     run.write(run.card, "\n".join(lines))
 
 
-def rebuild(weights: Path, backbone: str, in_chans: int = 3, num_classes: int = 0) -> list[str]:
+def lines_of_use(weights: Path, backbone: str, in_chans: int = 3, num_classes: int = 0) -> list[str]:
     """Lines of Python that build the backbone of a run and load its weights, without leaven where that can be.
 
     Args:

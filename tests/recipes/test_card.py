@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from leaven.backbones import create, load, resolve, save
-from leaven.recipes.common.card import rebuild
+from leaven.recipes.common.card import lines_of_use
 
 MINE = """
 from torch import nn
@@ -45,7 +45,7 @@ def test_a_network_of_one_size_is_built_for_its_size(
     network = create(name, image_size=size)
     weights = tmp_path / "backbone.safetensors"
     save(network, weights, name=name, metadata={"image_size": size})
-    lines = rebuild(weights, resolve(name))
+    lines = lines_of_use(weights, resolve(name))
     assert ("size=" in lines[-2]) == bool(told)
     assert told in lines[-2]
     found: dict[str, Any] = {}
@@ -56,5 +56,5 @@ def test_a_network_of_one_size_is_built_for_its_size(
 
 
 def test_a_network_of_a_hub_is_timm_s(tmp_path: Path) -> None:
-    lines = rebuild(tmp_path / "none.safetensors", "hf-hub:timm/resnet10t.c3_in1k")
+    lines = lines_of_use(tmp_path / "none.safetensors", "hf-hub:timm/resnet10t.c3_in1k")
     assert lines[3] == "backbone = timm.create_model('hf-hub:timm/resnet10t.c3_in1k', num_classes=0)"
