@@ -28,16 +28,16 @@ from leaven.curricula import fourier_crop
 from leaven.pretext import RotNet, cue_audit, rotate4
 
 LEDGER = RESULTS / "rotnet_runs.jsonl"
-NET = "resnet10t"
+NET = "test_resnet"
 SEEDS = (0, 1, 2)
 SETS = {
-    "photos": ("96", "30", "0.35,1"),
+    "photos": ("64", "20", "0.35,1"),
     "cifar": ("32", "8", "0.5,1"),
 }  # side, epochs, share of the area of a crop
 ORDER_EPOCHS = 3  # of the comparison of orders, on CIFAR at 32 px
 AUDITED = 128  # photos
 COMMON = shlex.split(
-    "--batch-size 32 --lr 2e-3 --weight-decay 0.05 --warmup-epochs 1 --workers 0 --mixed-precision bf16 "
+    "--batch-size 32 --lr 2e-3 --weight-decay 0.05 --warmup-epochs 1 --workers 0 "
     "--channels-last --save-every 100"
 )
 

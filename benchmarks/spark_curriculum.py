@@ -17,11 +17,10 @@ from ledger import RESULTS, Ledger, Run, arguments, data_sets, execute, interval
 from timing import machine
 
 LEDGER = RESULTS / "spark_curriculum_runs.jsonl"
-NET, SIDE, EPOCHS = "resnet10t", 96, 30
+NET, SIDE, EPOCHS = "test_resnet", 96, 20
 SEEDS = (0, 1, 2)
 COMMON = shlex.split(
-    f"--data photos --backbone {NET} --image-size {SIDE} --workers 0 --mixed-precision bf16 --channels-last "
-    "--weight-decay 0.05"
+    f"--data photos --backbone {NET} --image-size {SIDE} --workers 0 --channels-last --weight-decay 0.05"
 )
 PRETRAIN = shlex.split(
     "--batch-size 64 --stages 4,8,16 --decoder-width 64 --lr 2e-3 --weight-decay-end none --warmup-epochs 2 "
@@ -30,7 +29,7 @@ PRETRAIN = shlex.split(
 FINETUNE = shlex.split(
     "--batch-size 50 --lr 1.5e-3 --smoothing 0.1 --crop-scale 0.35,1 --crop-pct 1.0 --save-every 100"
 )
-LABELS = {"10%": 80, "100%": 20}  # and epochs
+LABELS = {"10%": 50, "100%": 12}  # and epochs
 ARMS = {"SparK": (), "SparK, ET": ("--callbacks", "efficienttrain", "--curriculum", "et")}
 LOSS = "and after"  # on the model card: of whole held-out images, for both arms
 
