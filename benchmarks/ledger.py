@@ -18,6 +18,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# glibc keeps freed memory, in huge pages: no page faults in every step. A third faster, for all arms alike.
+MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "MALLOC_TOP_PAD_": "268435456"}
+MEMORY |= {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def execute(
 
     What was stopped goes on where it was. A run whose start is not here any more does that first.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | MEMORY | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 
     def one(run: Run) -> None:
         folder = work / run.name
