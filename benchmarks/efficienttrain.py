@@ -28,7 +28,7 @@ COMMON = shlex.split(
     "--workers 0 --channels-last --weight-decay 0.05 --warmup-epochs 1 --aa randaugment --crop-pct 1.0 --save-every 100"
 )
 # Side, epochs of the baseline, images per update, share of the area that a crop takes.
-SETS = {"cifar": (64, 5, 64, "0.5,1"), "photos": (128, 12, 32, "0.35,1")}
+SETS = {"cifar": (64, 6, 64, "0.5,1"), "photos": (128, 16, 32, "0.35,1")}
 ARMS = {
     "baseline": (),
     "ET": ("--callbacks", "efficienttrain", "--curriculum", "et"),
