@@ -29,14 +29,14 @@ SHAPES = ((8, 64, 56, 56), (8, 256, 14, 14))
 LEDGER = RESULTS / "evonorm_runs.jsonl"
 SEEDS = (0, 1, 2)
 BATCHES = {4: "4e-4", 32: "1.5e-3"}  # learning rates, about as the root of the batch
-EPOCHS = 20
+EPOCHS = 15
 ARMS = {
     "BN, ReLU": ("--backbone", "resnet10t"),
     "GN, ReLU": ("--backbone", "benchmarks.group_norm_nets:resnet10t"),
     "S0": ("--backbone", "resnet10t", "--callbacks", "evonorm_s0"),
 }
 COMMON = shlex.split(
-    f"--data photos --image-size 64 --epochs {EPOCHS} --eval-every {EPOCHS} --workers 0 --mixed-precision bf16 "
+    f"--data photos --image-size 64 --epochs {EPOCHS} --eval-every {EPOCHS} --workers 0 "
     "--channels-last --weight-decay 0.05 --warmup-epochs 1 --crop-scale 0.35,1 --crop-pct 1.0 --save-every 100"
 )
 

@@ -1,6 +1,6 @@
 """One run of what benchmarks/scalekd.py compares, in the loop of recipes/train.py.
 
-    python benchmarks/scalekd_arms.py ARM --backbone resnet10t --teacher convnext_atto --teacher-weights FILE ...
+    python benchmarks/scalekd_arms.py ARM --backbone test_resnet --teacher test_convnext2 --teacher-weights FILE ...
 
 All flags are those of recipes/scalekd.py.
 
