@@ -31,7 +31,7 @@ from typing import Any
 
 import timm.layers
 import torch
-from ledger import RESULTS, ROOT, Ledger, Run, data_sets, execute, interval95, summary
+from ledger import MEMORY, RESULTS, ROOT, Ledger, Run, data_sets, execute, interval95, summary
 from timing import interleaved, machine, result_file
 from torch import nn
 
@@ -64,7 +64,7 @@ LEDGER = RESULTS / "evonorm_search_runs.jsonl"
 
 def run(words: list[str], folder: Path, log: Path) -> None:
     """A program, once: what was stopped goes on."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | MEMORY | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, *words, "--output-dir", str(folder)]
     with log.open("a") as file:
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file).returncode

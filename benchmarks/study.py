@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ledger import MEMORY
 from timing import machine
 
 from leaven.trials import run_trials
@@ -44,6 +45,7 @@ def study(
     name, work = Path(script).stem, args.work.resolve()
     journal = work / f"{name}.jsonl"
     if not args.table:
+        os.environ.update(MEMORY)  # of the processes to come
         function, trials = prepare(args.data.resolve(), work, args.jobs)
         pool = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
         run_trials(function, trials, executor=pool, workers=args.jobs, journal=journal, time_limit=3600)
