@@ -50,6 +50,7 @@ def machine(device: str) -> dict[str, Any]:
     models = [line for line in lines if line.startswith("model name")]
     return {
         "processor": models[0].split(":")[1].strip() if models else platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "not measured on GPU",
         "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
