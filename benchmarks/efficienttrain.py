@@ -25,7 +25,8 @@ LEDGER = RESULTS / "efficienttrain_runs.jsonl"
 NETS = {"resnet10t": "1.5e-3", "vit_tiny_patch16_224": "7e-4"}  # and learning rates
 SEEDS = (0, 1, 2)
 COMMON = shlex.split(
-    "--batch-size 32 --workers 0 --channels-last --weight-decay 0.05 --warmup-epochs 1 --aa randaugment --crop-pct 1.0 --save-every 100"
+    "--batch-size 32 --workers 0 --channels-last --weight-decay 0.05 --warmup-epochs 1 "
+    "--aa randaugment --crop-pct 1.0 --save-every 100"
 )
 # Side, epochs of the baseline, share of the area that a crop takes.
 SETS = {"cifar": (64, 4, "0.5,1"), "photos": (128, 10, "0.35,1")}
