@@ -43,7 +43,12 @@ def study(
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     name, work = Path(script).stem, args.work.resolve()
-    journal = work / f"{name}.jsonl"
+    journal, path = work / f"{name}.jsonl", Path(script).parent / "results" / f"{Path(script).stem}.json"
+    if not journal.is_file() and path.is_file():  # of another machine: what it has done with these settings
+        known = json.loads(path.read_text())
+        if known["settings"] == json.loads(json.dumps(settings)):
+            work.mkdir(parents=True, exist_ok=True)
+            journal.write_text("".join(json.dumps(line) + "\n" for line in known["trials"]))
     if not args.table:
         os.environ.update(MEMORY)  # of the processes to come
         function, trials = prepare(args.data.resolve(), work, args.jobs)
@@ -58,6 +63,5 @@ def study(
         "results": rows,
         "trials": list(outcomes.values()),
     }
-    path = Path(script).parent / "results" / f"{name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(words)

@@ -18,10 +18,12 @@ import dkm_head
 import evonorm_layers
 import scalekd
 import scalekd_arms
+import study
 from ledger import Ledger, Run, data_sets
 
 from leaven.recipes.common.start import read_settings
 from leaven.recipes.scalekd import ScaleKDSettings
+from leaven.trials import run_trials
 
 
 def test_images_are_unpacked_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,3 +106,29 @@ def test_recipes_take_the_flags_and_warm_up_for_a_part_of_the_run(run: Run) -> N
     kinds = [v for k, v in vars(module).items() if k.endswith("Settings") and v.__module__ == module.__name__]
     settings: Any = read_settings(kinds[0], list(run.words[1:]), recipe=recipe)
     assert settings.warmup_epochs <= settings.epochs / 4
+
+
+@pytest.mark.parametrize(("settings", "again"), [({"steps": (1, 2)}, 0), ({"steps": (3,)}, 1)])
+def test_a_study_goes_on_from_the_results_of_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], again: int
+) -> None:
+    """What is in the committed results is not done again, unless it is of other settings."""
+    trials, journal = {"five": {"x": 5}}, tmp_path / "first.jsonl"
+    run_trials(lambda x: x + 1, trials, journal=journal)
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    (tmp_path / "results").mkdir()
+    known = {"settings": {"steps": [1, 2]}, "trials": [line for line in lines if "name" in line]}
+    (tmp_path / "results" / "sums.json").write_text(json.dumps(known))
+    called = []
+
+    def run(function: Any, trials: Any, *, journal: Path, **how: Any) -> None:
+        run_trials(lambda x: called.append(x) or x + 1, trials, journal=journal)
+
+    monkeypatch.setattr(study, "run_trials", run)
+    monkeypatch.setattr(sys, "argv", ["sums.py", "--data", str(tmp_path), "--work", str(tmp_path / "work")])
+    study.study(
+        str(tmp_path / "sums.py"), "", lambda *_: (None, trials), lambda found: ([*found], "one"), settings
+    )
+    report = json.loads((tmp_path / "results" / "sums.json").read_text())
+    assert len(called) == again
+    assert (report["results"], report["trials"][0]["result"]) == (["five"], 6)
