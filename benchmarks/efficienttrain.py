@@ -22,14 +22,17 @@ from timing import machine
 from leaven.curricula import ET_PP
 
 LEDGER = RESULTS / "efficienttrain_runs.jsonl"
-NETS = {"resnet10t": "1.5e-3", "vit_tiny_patch16_224": "7e-4"}  # and learning rates
+NETS = {
+    "test_resnet": "3e-3",
+    "test_vit3": "1e-3",
+}  # timm's, of 0.4 and 0.8 million parameters; learning rates
 SEEDS = (0, 1, 2)
 COMMON = shlex.split(
-    "--batch-size 32 --workers 0 --channels-last --weight-decay 0.05 --warmup-epochs 1 "
+    "--workers 0 --channels-last --weight-decay 0.05 --warmup-epochs 1 "
     "--aa randaugment --crop-pct 1.0 --save-every 100"
 )
-# Side, epochs of the baseline, share of the area that a crop takes.
-SETS = {"cifar": (64, 4, "0.5,1"), "photos": (128, 10, "0.35,1")}
+# Side, epochs of the baseline, images per update, share of the area that a crop takes.
+SETS = {"cifar": (64, 5, 64, "0.5,1"), "photos": (128, 10, 32, "0.35,1")}
 ARMS = {
     "baseline": (),
     "ET": ("--callbacks", "efficienttrain", "--curriculum", "et"),
@@ -39,11 +42,11 @@ ARMS = {
 
 
 def training(which: str, net: str, seed: int, arm: str) -> Run:
-    side, epochs, crop = SETS[which]
+    side, epochs, batch, crop = SETS[which]
     if arm == "ET++":
         epochs = round(ET_PP.scaled(side).epochs(2 / 3 * epochs))
     words = ["recipes/train.py", "--backbone", net, "--data", which, "--seed", str(seed), *COMMON]
-    words += ["--image-size", str(side), "--lr", NETS[net], "--crop-scale", crop]
+    words += ["--image-size", str(side), "--batch-size", str(batch), "--lr", NETS[net], "--crop-scale", crop]
     words += ["--epochs", str(epochs), "--eval-every", str(epochs), *ARMS[arm]]
     return Run(f"{which}-{net}-{seed}-{arm.replace(', ', '-')}", tuple(words))
 
