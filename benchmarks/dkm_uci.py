@@ -169,10 +169,10 @@ def variational(x: Tensor, y: Tensor, test: Tensor, beta: float | None, seed: in
     optimizer = torch.optim.Adam(parameters.values(), lr=LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
+    order = torch.empty(0, dtype=torch.long)
     for _ in range(STEPS):
         if len(order) < min(BATCH, len(x)):
-            order += torch.randperm(len(x), generator=generator).tolist()
+            order = torch.cat([order, torch.randperm(len(x), generator=generator)])
         batch, order = order[:BATCH], order[BATCH:]
         optimizer.zero_grad()
         (-bound(model(x[batch]), y[batch, 0])).backward()

@@ -56,12 +56,12 @@ def fit(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
     generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
+    order = torch.empty(0, dtype=torch.long)
     machine.train()
     with seeded(seed, x.device):
         for step in range(1, steps + 1):
             if len(order) < batch_size:
-                order += torch.randperm(n, generator=generator).tolist()
+                order = torch.cat([order, torch.randperm(n, generator=generator)])
             batch, order = order[:batch_size], order[batch_size:]
             optimizer.zero_grad()
             loss = machine.loss(x[batch], targets[batch], n)

@@ -22,6 +22,7 @@ from leaven.bayes.deep_kernel_machine.prediction import Prediction
 
 Kernel = Literal["rbf", "arccos", "norm-gauss", "linear"]
 FLOOR = 0.1  # of stochastic kernel regularisation, as in the paper
+CANDIDATES = 256  # points per cluster that k-means looks at, at most: more hardly move its centres
 
 
 class DeepKernelMachine(nn.Module):
@@ -109,7 +110,7 @@ class DeepKernelMachine(nn.Module):
         self.register_buffer("initialised", torch.tensor(False))
 
     def init_inducing(self, x: Tensor, how: Literal["kmeans", "random"] = "kmeans", seed: int = 0) -> None:
-        """Take inducing points from data: centres of clusters, or points drawn.
+        """Take inducing points from data: centres of clusters (of up to 256 points each, drawn), or points drawn.
 
         Args:
             x: (N, D).
@@ -129,14 +130,14 @@ class DeepKernelMachine(nn.Module):
             raise ValueError("inducing points cannot be taken from values that are not finite")
         if len(points) < count:
             raise ValueError(f"{count} inducing points of {len(points)} different ones: lower n_inducing")
-        if how == "kmeans" and len(points) > count:
+        most = CANDIDATES * count if how == "kmeans" else count
+        if len(points) > most:
+            points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:most]]
+        if len(points) > count:
             found = KMeans(count, n_init=1, random_state=seed).fit(points.numpy())
-            chosen = torch.from_numpy(found.cluster_centers_)
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            chosen = points[torch.randperm(len(points), generator=generator)[:count]]
+            points = torch.from_numpy(found.cluster_centers_)
         with torch.no_grad():
-            self.inducing.copy_(chosen)
+            self.inducing.copy_(points)
             self.initialised.fill_(True)
 
     def forward(self, x: Tensor) -> Prediction:

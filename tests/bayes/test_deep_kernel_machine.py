@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.linalg import fractional_matrix_power
 from scipy.optimize import brentq
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from leaven.bayes.deep_kernel_machine import (
@@ -449,6 +450,30 @@ def test_weights_come_back(used: bool) -> None:
 
 
 # and what users meet
+
+
+@pytest.mark.parametrize(("rows", "looked_at"), [(30, 30), (5000, 6 * 256)])
+def test_a_cluster_is_of_so_many_points_at_most(
+    rows: int, looked_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a million rows would take minutes. The same seed takes the same ones."""
+    seen, fit_clusters = [], KMeans.fit
+
+    def fitted(self: KMeans, points: Any) -> KMeans:
+        seen.append(points)
+        return fit_clusters(self, points)
+
+    monkeypatch.setattr(KMeans, "fit", fitted)
+    x = randn(rows, 2)
+    taken = []
+    for seed in (0, 0, 1):
+        made = DeepKernelMachine(2, 1, n_inducing=6)
+        made.init_inducing(x, seed=seed)
+        taken.append(made.inducing.detach())
+    assert [len(points) for points in seen] == [looked_at] * 3
+    assert {tuple(point) for point in seen[0]} <= {tuple(point) for point in x.double().tolist()}
+    assert torch.equal(taken[0], taken[1])
+    assert not torch.equal(taken[0], taken[2])
 
 
 def test_it_learns_where_the_prior_does_not_fit() -> None:
