@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -164,8 +164,15 @@ def covering_size(stored: Size, size: Size) -> Size:
 
 def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (..., C, H, W) -> float32, (pixel / 255 - mean) / std per channel."""
+    shift, scale = _moments(tuple(mean), tuple(std))
+    return image.to(torch.float32, copy=True).sub_(shift).div_(scale)
+
+
+@lru_cache
+def _moments(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """(C, 1, 1), of pixels from 0 to 255; made once, not for every image."""
     shift, scale = (255 * torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-    return (image.float() - shift) / scale
+    return shift, scale
 
 
 def _size_of(image: Tensor) -> Size:
