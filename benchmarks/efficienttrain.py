@@ -33,7 +33,7 @@ COMMON = shlex.split(
     "--aa randaugment --crop-pct 1.0 --save-every 100"
 )
 # Side, epochs of the baseline, images per update, share of the area that a crop takes.
-SETS = {"cifar": (64, 5, 64, "0.5,1"), "photos": (128, 10, 32, "0.35,1")}
+SETS = {"cifar": (64, 8, 64, "0.5,1"), "photos": (128, 10, 32, "0.35,1")}
 ARMS = {
     "baseline": (),
     "ET": ("--callbacks", "efficienttrain", "--curriculum", "et"),
