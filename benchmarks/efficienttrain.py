@@ -23,10 +23,8 @@ from timing import machine
 from leaven.curricula import ET_PP
 
 LEDGER = RESULTS / "efficienttrain_runs.jsonl"
-NETS = {
-    "test_resnet": "3e-3",
-    "test_vit3": "1e-3",
-}  # timm's, of 0.4 and 0.8 million parameters; learning rates
+# Learning rates of timm's networks, 0.4 and 0.8 million parameters.
+NETS = {"test_resnet": "3e-3", "test_vit3": "1e-3"}
 SEEDS = (0, 1, 2)
 COMMON = shlex.split(
     "--workers 0 --channels-last --weight-decay 0.05 --warmup-epochs 1 "

@@ -43,7 +43,7 @@ def study(
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     name, work = Path(script).stem, args.work.resolve()
-    journal, path = work / f"{name}.jsonl", Path(script).parent / "results" / f"{Path(script).stem}.json"
+    journal, path = work / f"{name}.jsonl", Path(script).parent / "results" / f"{name}.json"
     if not journal.is_file() and path.is_file():  # of another machine: what it has done with these settings
         known = json.loads(path.read_text())
         if known["settings"] == json.loads(json.dumps(settings)):
