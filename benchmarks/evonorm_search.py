@@ -2,13 +2,13 @@
 
     python benchmarks/evonorm_search.py cost                               # results/evonorm_search_cost-<machine>.json
     python benchmarks/evonorm_search.py --data DATA --work RUNS calibrate  # results/evonorm_search_limits.json
-    python benchmarks/evonorm_search.py --data DATA --work RUNS run        # searches, and the ranking of their best
+    python benchmarks/evonorm_search.py --data DATA --work RUNS run        # searches, then the ranking of their bests
     python benchmarks/evonorm_search.py --data DATA --work RUNS table      # results/evonorm_search.json, and in words
     python benchmarks/evonorm_search.py --data DATA --work RUNS retrain    # the best in other backbones; then table
 
 Arms, 300 candidates each, fixed beforehand: evolution from random graphs, evolution that begins with EvoNorm-S0,
-random graphs alone; three seeds; CIFAR at 16 px, judged on a fifth of the training images; the S series. Then the best
-of every search is trained again, longer, with three seeds, on the held-out images, beside BatchNorm with ReLU and the
+random graphs alone; three seeds; CIFAR at 16 px, judged on a fifth of the training images; the S series. Then the bests
+of all searches are trained again, longer, with three seeds, on the held-out images, beside BatchNorm with ReLU and the
 published layers (recipes/evonorm_search.py --rerank). The best of all searches, by the images they were judged on, goes
 into two backbones that no search has seen, trained by recipes/train.py beside BatchNorm with ReLU, S0 and B0. Cost:
 compiled genomes beside timm's classes of the same formula, and free checks a second, on one thread. Calibrate: what
@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ SEARCH = shlex.split(
     f"recipes/evonorm_search.py --image-size 16 --labels 200 --candidates {CANDIDATES} --population 40 --steps 120 "
     "--quality-steps 60 --quality 0.15 --resume auto"
 )
-RERANK = shlex.split("recipes/evonorm_search.py --image-size 16 --steps 1000 --top 1 --seeds 3 --resume auto")
+RERANK = shlex.split("recipes/evonorm_search.py --image-size 16 --steps 400 --seeds 3 --resume auto")
 
 # What the best is trained in again: as it comes, and with the best of the searches in place.
 NETS = {
@@ -78,38 +79,49 @@ def name(arm: str, seed: int) -> str:
 
 
 def searches(cifar: str, work: Path, jobs: int) -> None:
+    """All searches, as many at a time as jobs; then their bests are ranked again, together."""
+
     def one(arm: str, seed: int) -> None:
         folder = work / name(arm, seed)
         words = [*SEARCH, *ARMS[arm], "--data", cifar, "--seed", str(seed)]
         if not (folder / "search.json").is_file():
             run(words, folder, work / f"{folder.name}.log")
-        again = work / f"{folder.name}-rerank"
-        if not (again / "rerank.json").is_file():
-            run([*RERANK, "--rerank", str(folder), "--data", cifar], again, work / f"{again.name}.log")
 
+    pairs = [(arm, seed) for seed in SEEDS for arm in ARMS]
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda pair: one(*pair), [(arm, seed) for seed in SEEDS for arm in ARMS]))
+        list(pool.map(lambda pair: one(*pair), pairs))
+    bests, again = work / "bests", work / "ranking"
+    bests.mkdir(exist_ok=True)
+    rows = [best(work, *pair) | {"candidate": name(*pair)} for pair in pairs]
+    (bests / "search.json").write_text(json.dumps({"found": rows}))
+    if not (again / "rerank.json").is_file():
+        words = [*RERANK, "--rerank", str(bests), "--top", str(len(rows)), "--jobs", str(jobs)]
+        run([*words, "--data", cifar], again, work / "ranking.log")
 
 
-def found(work: Path) -> list[dict[str, Any]]:
-    """Of every search: its best, and that one's accuracy on the held-out images."""
+def best(work: Path, arm: str, seed: int) -> dict[str, Any]:
+    """The best of one search, by the images that its candidates were judged on."""
+    row: dict[str, Any] = json.loads((work / name(arm, seed) / "search.json").read_text())["found"][0]
+    return row
+
+
+def found(work: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Of every search: its best, and that one's accuracy on the held-out images; and those of known layers."""
+    ranking = json.loads((work / "ranking" / "rerank.json").read_text())["ranking"]
+    held_out = {each["name"].removeprefix("candidate "): each["mean"] for each in ranking}
     rows = []
     for arm in ARMS:
         for seed in SEEDS:
-            folder = work / name(arm, seed)
-            best, journal = json.loads((folder / "search.json").read_text()), folder / "journal.jsonl"
-            lines = [json.loads(line) for line in journal.read_text().splitlines()]
-            ranking = json.loads((work / f"{folder.name}-rerank" / "rerank.json").read_text())["ranking"]
-            top = {"arm": arm, "seed": seed, "graphs": best["graphs looked at"], "rejected": best["rejected"]}
-            again = next(each for each in ranking if each["name"].startswith("candidate"))
-            known = {each["name"]: each["mean"] for each in ranking if each["name"] in NAMED}
+            folder, top = work / name(arm, seed), best(work, arm, seed)
+            said = json.loads((folder / "search.json").read_text())
+            lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
             rows.append(
-                top
-                | {"validation": best["found"][0]["mean"], "formula": best["found"][0]["formula"]}
-                | {"genome": best["found"][0]["genome"], "held out": again["mean"], "known": known}
-                | {"seconds": round(sum(line["seconds"] for line in lines), 1), "trained": len(lines)}
+                {"arm": arm, "seed": seed, "graphs": said["graphs looked at"], "rejected": said["rejected"]}
+                | {"validation": top["mean"], "held out": held_out[name(arm, seed)]}
+                | {"formula": top["formula"], "genome": top["genome"], "trained": len(lines)}
+                | {"seconds": round(sum(line["seconds"] for line in lines), 1)}
             )
-    return rows
+    return rows, {known: held_out[known] for known in NAMED}
 
 
 def calibrate(cifar: str, work: Path) -> dict[str, Any]:
@@ -137,6 +149,10 @@ def calibrate(cifar: str, work: Path) -> dict[str, Any]:
             layers[f"{known}, {anchor}"] = row
             print(known, anchor, row, flush=True)
     return {"twice guessing": 2 / task.classes, "layers": layers}
+
+
+def spread(scores: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(scores), "least": min(scores), "most": max(scores)}
 
 
 def retraining(arm: str, net: str, seed: int) -> Run:
@@ -215,20 +231,17 @@ def main() -> None:
         chains = [[retraining(arm, net, seed) for arm in LAYERS] for net in NETS for seed in SEEDS]
         execute(chains, data, work, args.jobs, ledger)
         return
-    rows = found(work)
-    arms = {arm: [row["held out"] for row in rows if row["arm"] == arm] for arm in ARMS}
-    report |= {"searches": rows, "held out": {arm: summary(scores) for arm, scores in arms.items()}}
+    rows, known = found(work)
+    for what in ("validation", "held out"):
+        arms = {arm: [row[what] for row in rows if row["arm"] == arm] for arm in ARMS}
+        report[what] = {arm: spread(scores) for arm, scores in arms.items()}
+    report |= {"searches": rows, "known": known}
     if retraining("best", [*NETS][-1], SEEDS[-1]).name in ledger.rows:
         report["retrained"] = retrained(ledger)
     (RESULTS / "evonorm_search.json").write_text(json.dumps(report, indent=1) + "\n")
     for row in rows:
-        print(
-            row["arm"],
-            row["seed"],
-            f"{row['held out']:.4f}",
-            f"S0 {row['known']['evonorm_s0']:.4f}",
-            row["formula"],
-        )
+        print(row["arm"], row["seed"], f"{row['validation']:.4f} {row['held out']:.4f}", row["formula"])
+    print(known, report["held out"])
 
 
 if __name__ == "__main__":
