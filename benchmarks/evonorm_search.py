@@ -92,17 +92,12 @@ def searches(cifar: str, work: Path, jobs: int) -> None:
         list(pool.map(lambda pair: one(*pair), pairs))
     bests, again = work / "bests", work / "ranking"
     bests.mkdir(exist_ok=True)
-    rows = [best(work, *pair) | {"candidate": name(*pair)} for pair in pairs]
+    said = [json.loads((work / name(*pair) / "search.json").read_text()) for pair in pairs]
+    rows = [each["found"][0] | {"candidate": name(*pair)} for each, pair in zip(said, pairs, strict=True)]
     (bests / "search.json").write_text(json.dumps({"found": rows}))
     if not (again / "rerank.json").is_file():
         words = [*RERANK, "--rerank", str(bests), "--top", str(len(rows)), "--jobs", str(jobs)]
         run([*words, "--data", cifar], again, work / "ranking.log")
-
-
-def best(work: Path, arm: str, seed: int) -> dict[str, Any]:
-    """The best of one search, by the images that its candidates were judged on."""
-    row: dict[str, Any] = json.loads((work / name(arm, seed) / "search.json").read_text())["found"][0]
-    return row
 
 
 def found(work: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -112,8 +107,9 @@ def found(work: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     rows = []
     for arm in ARMS:
         for seed in SEEDS:
-            folder, top = work / name(arm, seed), best(work, arm, seed)
+            folder = work / name(arm, seed)
             said = json.loads((folder / "search.json").read_text())
+            top = said["found"][0]
             lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
             rows.append(
                 {"arm": arm, "seed": seed, "graphs": said["graphs looked at"], "rejected": said["rejected"]}
